@@ -1,0 +1,72 @@
+"""Immutable objects that are pytrees, and equal and hashable by value."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn, Self
+
+import jax
+import numpy as np
+
+
+class Frozen:
+    """Base class of the stock parts.
+
+    Attributes named in :attr:`data_fields` hold arrays (or pytrees of arrays) and are the leaves of the pytree;
+    all others are static and must be hashable. Two parts of equal values are equal and have the same hash, so
+    that a part can be a static argument of :func:`jax.jit` as well as a traced one.
+    """
+
+    data_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_with_keys(
+            cls, cls._flatten_with_keys, cls._unflatten, flatten_func=cls._flatten
+        )
+
+    def _set(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is immutable: {name!r} cannot be set")
+
+    def _flatten(self) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        data = tuple(getattr(self, name) for name in self.data_fields)
+        static = tuple(sorted((k, v) for k, v in self.__dict__.items() if k not in self.data_fields))
+        return data, static
+
+    def _flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        data, static = self._flatten()
+        return tuple(zip(map(jax.tree_util.GetAttrKey, self.data_fields), data, strict=True)), static
+
+    @classmethod
+    def _unflatten(cls, static: tuple[tuple[str, Any], ...], data: tuple[Any, ...]) -> Self:
+        self = object.__new__(cls)  # not __init__: under transformations the leaves are placeholders
+        self._set(**dict(static), **dict(zip(cls.data_fields, data, strict=True)))
+        return self
+
+    def _value(self) -> tuple[Any, ...]:
+        leaves, structure = jax.tree.flatten(self)
+        arrays = [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in leaves]
+        return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and self._value() == other._value())  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={_short(v)}" for k, v in self.__dict__.items() if not k.startswith("_"))
+        return f"{type(self).__name__}({shown})"
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"<{value.dtype}{list(value.shape)}>"
+    return repr(value)

@@ -1,0 +1,455 @@
+r"""A diffusion as NumPyro programs: whole trajectories under any ELBO, and the bound K in factors."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+
+from pp_diffusion._frozen import Frozen
+from pp_diffusion.kernels import Kernel
+from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.reverse import Network, ReverseProcess
+from pp_diffusion.schedules import Schedule
+from pp_diffusion.trajectories import (
+    ForwardTrajectory,
+    PosteriorTrajectory,
+    ReverseTrajectory,
+    fixed_terms,
+    step_cost,
+)
+from pp_diffusion.transforms import data_support, in_data_units, log_abs_det
+
+
+class Diffusion(Frozen):
+    r"""A kernel, a schedule and a network, joined to a diffusion probabilistic model.
+
+    Immutable, a pytree (its arrays are leaves), and hashable by value.
+
+    :param Kernel kernel: the Markov diffusion kernel.
+    :param Schedule schedule: the diffusion rates.
+    :param network: a linen module, an nnx module or a callable ``network(x_t, t)``, with ``t`` integers 1…T over the
+        batch axes of ``x_t``; it is also given those of ``log_snr`` (clipped to ±20) and ``context`` that its
+        signature names. Stock networks learn T and their outputs from here.
+    :param parameterization: how the network's outputs become :math:`p(x_{t-1} \mid x_t)`; ``None`` takes the kernel's
+        first (``"v"`` for Gaussian, ``"x0"`` for binomial kernels). With ``"direct"`` they *are* the paper's functions.
+    :param last_step: ``"kernel"``: :math:`p(x_0 \mid x_1) = T_\pi` as in the paper, and the network is not called at
+        t = 1; ``"network"``: it is.
+    :param transform: a NumPyro transform from the model's space to the data's, such as
+        :func:`~pp_diffusion.standardize`; x is in data units in every public function.
+    :param name: prefixes the parameter sites, so that two diffusions live in one program.
+    :raises TypeError, ValueError: naming the argument that does not fit.
+
+    .. doctest::
+
+        >>> import jax, numpyro, optax, pp_diffusion as ppd
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20), ppd.networks.MLP((8,)))
+        >>> svi = SVI(diffusion.bound_model, diffusion.bound_guide, optax.adam(1e-3), Trace_ELBO())
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+        >>> result = svi.run(jax.random.key(1), 3, x, batch_size=10, progress_bar=False)
+        >>> diffusion.prior(result.params).sample(jax.random.key(2), (5,)).shape
+        (5, 2)
+    """
+
+    data_fields = ("kernel", "schedule", "transform")
+
+    kernel: Kernel
+    schedule: Schedule
+    network: Network
+    parameterization: str
+    last_step: str
+    transform: Transform | None
+    name: str
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        schedule: Schedule,
+        network: Any,
+        *,
+        parameterization: str | None = None,
+        last_step: Literal["kernel", "network"] = "kernel",
+        transform: Transform | None = None,
+        name: str = "diffusion",
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel must be a Kernel; got {type(kernel).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule; got {type(schedule).__name__}")
+        if transform is not None and not isinstance(transform, Transform):
+            raise TypeError(f"transform must be a numpyro transform or None; got {type(transform).__name__}")
+        if parameterization is None:
+            parameterization = next(iter(kernel.parameterizations))
+        if parameterization not in kernel.parameterizations:
+            known = ", ".join(map(repr, kernel.parameterizations))
+            raise ValueError(
+                f"parameterization must be one of {known} for a {type(kernel).__name__}; got {parameterization!r}"
+            )
+        if last_step not in ("kernel", "network"):
+            raise ValueError(f"last_step must be 'kernel' or 'network'; got {last_step!r}")
+        if not name or not isinstance(name, str):
+            raise ValueError(f"name must be a non-empty string; got {name!r}")
+        if kernel.is_discrete:
+            if transform is not None:
+                raise ValueError(f"transform must be None for a {type(kernel).__name__}: its data are discrete")
+            if schedule.init_params() is not None:
+                raise ValueError(
+                    f"schedule must be fixed for a {type(kernel).__name__}: the gradient with frozen noise that learns "
+                    "one needs a continuous kernel (the paper uses FixedSchedule.constant_erasure)"
+                )
+        rule = kernel.parameterizations[parameterization]
+        if not rule.allows_full_erasure and not np.isfinite(schedule.log_snr(schedule.init_params())[-1]):
+            raise ValueError(
+                f"schedule must have beta_T < 1 for parameterization {parameterization!r}, which is infinite there"
+            )
+        self._set(
+            kernel=kernel,
+            schedule=schedule,
+            network=Network(network).configured(num_timesteps=schedule.num_timesteps, outputs=rule.outputs),
+            parameterization=parameterization,
+            last_step=last_step,
+            transform=transform,
+            name=name,
+        )
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.schedule.num_timesteps
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The shape of one datum."""
+        return self.kernel.event_shape
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of a datum, in data units."""
+        return data_support(self.kernel.support, self.transform, self.kernel.event_ndim)
+
+    @property
+    def network_site(self) -> str:
+        """The name of the parameter site of the network."""
+        return f"{self.name}.network$params"
+
+    @property
+    def schedule_site(self) -> str:
+        """The name of the parameter site of a learned schedule."""
+        return f"{self.name}.schedule$params"
+
+    def init_params(self, rng_key: Array, context: Any = None, context_batch_ndim: int = 0) -> dict[str, Any]:
+        """Initial parameters by site name, as SVI would start them.
+
+        :param rng_key: a JAX random key.
+        :param context: an example of the covariates, where there are any.
+        :param context_batch_ndim: the number of its batch axes.
+        """
+        params = {self.network_site: self._init_network(rng_key, context, context_batch_ndim)}
+        if (schedule := self.schedule.init_params()) is not None:
+            params[self.schedule_site] = schedule
+        return {site: value for site, value in params.items() if jax.tree.leaves(value)}
+
+    def _init_network(self, rng_key: Array, context: Any, context_batch_ndim: int) -> Any:
+        one = jax.tree.map(lambda c: jnp.asarray(c)[(0,) * context_batch_ndim][None], context)
+        x_t = jnp.zeros((1, *self.event_shape))
+        return self.network.init(rng_key, x_t, jnp.ones(1, int), jnp.zeros(1), one)
+
+    def reverse_process(
+        self,
+        params: dict[str, Any],
+        *,
+        context: Any = None,
+        context_batch_ndim: int = 0,
+        num_timesteps: int | None = None,
+    ) -> ReverseProcess:
+        """The reverse process in the model's space, with everything bound; its outputs' shapes are checked here.
+
+        :raises ValueError: if parameters are missing, or the network's outputs do not fit.
+        """
+        rates = self.schedule.rates(params.get(self.schedule_site))
+        if num_timesteps is not None and num_timesteps != self.num_timesteps:
+            if not self.kernel.parameterizations[self.parameterization].shortens:
+                raise ValueError(
+                    f"num_timesteps must be {self.num_timesteps} for parameterization {self.parameterization!r}, "
+                    "whose outputs describe steps of the trained length"
+                )
+            rates = rates.shortened(num_timesteps)
+        process = ReverseProcess(
+            self.kernel,
+            rates,
+            self.network,
+            params.get(self.network_site, {}),
+            parameterization=self.parameterization,
+            last_step=self.last_step,
+            context=context,
+            context_batch_ndim=context_batch_ndim,
+        )
+        if process.num_timesteps > process.first_network_step:
+            batch = jnp.broadcast_shapes((1,), *_batch_shapes(context, context_batch_ndim))
+            x = jax.ShapeDtypeStruct(batch + self.event_shape, jnp.result_type(float))
+            jax.eval_shape(lambda x: process(x, process.rates.at(-1)).sample(jax.random.key(0)), x)
+        return process
+
+    # --- programs ----------------------------------------------------------------------------------------------
+
+    def model(self, x: Any = None, *, context: Any = None, batch_size: int | None = None) -> Array:
+        r"""The generative program, whole trajectories: site ``"path"`` holds :math:`x_1 … x_T` in the model's space,
+        site ``"x"`` is :math:`x_0` in data units; plate ``"data"`` over the first axis of ``x``.
+
+        Works with any ELBO. For a binomial kernel, whose path is discrete, use
+        :class:`~numpyro.infer.TraceGraph_ELBO` (the others warn), or the bound pair, which has no latent site.
+
+        :param x: data of shape ``(N, *event_shape)`` or one datum; ``None`` generates.
+        :param context: covariates, an array (or pytree) with N as its first axis.
+        :param batch_size: rows drawn per evaluation, by the plate's subsampling.
+        :return: x.
+        """
+        x = None if x is None else self.check_data(x, "x")
+        plate, batch_ndim = self._plate(x, context, batch_size)
+        process = self._process(context, batch_ndim)
+        with plate as rows:
+            process = process.with_context(_take(context, rows))
+            batch_shape = () if rows is None else (len(rows),)
+            trajectory = ReverseTrajectory(self.kernel, process.rates, process, batch_shape=batch_shape)
+            path = numpyro.sample("path", trajectory, infer={"event_dims": self._path_dims})
+            last = in_data_units(process.last(jnp.take(path, 0, axis=-1 - self.kernel.event_ndim)), self.transform)
+            return numpyro.sample("x", last, obs=_take(x, rows), infer={"event_dims": self._path_dims[1:]})
+
+    def guide(
+        self,
+        x: Any,
+        *,
+        context: Any = None,
+        batch_size: int | None = None,
+        order: Literal["forward", "posterior"] = "forward",
+    ) -> None:
+        r"""The forward trajectory :math:`q(x_{1…T} \mid x_0)` as the guide of :meth:`model`; nothing in it is trained
+        but a learned schedule.
+
+        :param order: ``"forward"``: :math:`\prod q(x_t \mid x_{t-1})`; ``"posterior"``:
+            :math:`q(x_T \mid x_0) \prod q(x_{t-1} \mid x_t, x_0)`, the same law in the order for which
+            :class:`~numpyro.infer.TraceMeanField_ELBO` has analytic KLs.
+        """
+        if order not in ("forward", "posterior"):
+            raise ValueError(f"order must be 'forward' or 'posterior'; got {order!r}")
+        x = self.check_data(x, "x")
+        rates = self.schedule.rates(self._schedule_param())
+        plate, _ = self._plate(x, context, batch_size)
+        with plate as rows:
+            z = self.to_model_space(_take(x, rows))
+            trajectory: ForwardTrajectory | PosteriorTrajectory
+            if order == "forward":
+                trajectory = ForwardTrajectory(self.kernel, rates, z)
+            else:
+                trajectory = PosteriorTrajectory(self.kernel, rates, z, rng_key=numpyro.prng_key())
+            numpyro.sample("path", trajectory, infer={"event_dims": self._path_dims})
+
+    def bound_model(self, x: Any, *, context: Any = None, batch_size: int | None = None, num_times: int = 1) -> None:
+        r"""The bound K in factors, with data and time steps subsampled; unbiased for the sum of K over the data.
+
+        For :class:`~numpyro.infer.Trace_ELBO` and :class:`~numpyro.infer.TraceMeanField_ELBO`, which give the same.
+        :class:`~numpyro.infer.RenyiELBO` raises: a log of a mean does not separate over the steps. Each datum gets
+        times of its own, stratified over the batch; KLs are analytic.
+
+        :param x: data of shape ``(N, *event_shape)``, or one datum.
+        :param context: covariates, an array (or pytree) with N as its first axis.
+        :param batch_size: rows drawn per evaluation, with replacement; ``None`` takes all.
+        :param num_times: time steps drawn per row, evaluated in one network call.
+        """
+        x = self.check_data(x, "x")
+        if num_times < 1:
+            raise ValueError(f"num_times must be >= 1; got {num_times}")
+        rng_key = numpyro.prng_key()
+        if rng_key is None:
+            raise ValueError("bound_model draws rows and times: run it under numpyro.handlers.seed or in SVI")
+        row_key, time_key, noise_key, end_key = jax.random.split(rng_key, 4)
+        single = x.ndim == self.kernel.event_ndim
+        x, context = (x[None], jax.tree.map(lambda c: jnp.asarray(c)[None], context)) if single else (x, context)
+        self._check_rows(len(x), context, batch_size)
+        process = self._process(context, 1)
+        with self._data_plate(row_key, len(x), batch_size) as rows:
+            x, process = x[rows], process.with_context(_take(context, rows))
+            z = self.to_model_space(x)
+            last, prior_kl = fixed_terms(end_key, process, z)
+            numpyro.factor(
+                f"{self.name}.ends", last - prior_kl - log_abs_det(self.transform, z, x, self.kernel.event_ndim)
+            )
+            num_steps = process.num_timesteps - process.first_network_step
+            if num_steps:
+                index = process.first_network_step + stratified_times(time_key, len(rows), num_times, num_steps)
+                cost = step_cost(noise_key, process, jnp.broadcast_to(z, (num_times, *z.shape)), index)
+            else:
+                cost = jnp.zeros((num_times, len(rows)))
+            # A plate that is always subsampled, also when all steps are drawn: RenyiELBO then refuses this program.
+            size = max(num_steps, num_times + 1)
+            drawn = {f"{self.name}.time": jnp.arange(num_times)}
+            with handlers.substitute(data=drawn), numpyro.plate(f"{self.name}.time", size, num_times, dim=-2):
+                numpyro.factor(f"{self.name}.steps", -cost * (num_steps / size))
+
+    def bound_guide(self, x: Any, *, context: Any = None, batch_size: int | None = None, num_times: int = 1) -> None:
+        """The guide of :meth:`bound_model`: empty, for all latents are drawn inside and enter by factors."""
+
+    def prior(
+        self,
+        params: dict[str, Any] | None = None,
+        *,
+        context: Any = None,
+        num_timesteps: int | None = None,
+        log_prob: Any = None,
+    ) -> DiffusionPrior:
+        r"""The trained diffusion as a NumPyro distribution over x, in data units.
+
+        :param params: parameters by site name, such as ``fit.params`` or ``svi_result.params`` (other sites in it are
+            ignored). ``None`` inside a NumPyro program declares them as ``numpyro.param`` sites.
+        :param context: covariates; leading axes that the network takes as batch axes become the batch shape.
+        :param num_timesteps: a shorter chain through the trained one's steps; a model of its own, with its own K.
+        :param log_prob: ``None`` (``log_prob`` raises), or :class:`~pp_diffusion.Bound` or
+            :class:`~pp_diffusion.Importance`, which make it a deterministic function of x.
+        :raises ValueError: if parameters are missing.
+        """
+        if params is None:
+            params = self._param_sites(context, 0)
+        else:
+            self._check_params(params)
+        own = {site: params[site] for site in (self.network_site, self.schedule_site) if site in params}
+        return DiffusionPrior(self, own, context=context, num_timesteps=num_timesteps, log_prob=log_prob)
+
+    # --- data --------------------------------------------------------------------------------------------------
+
+    def check_data(self, x: Any, name: str = "x") -> Array:
+        """``x`` as an array of states in data units, refused where it cannot be data.
+
+        Values are checked where they are known, that is outside transformations.
+
+        :raises ValueError: naming the argument, what came and what was expected.
+        """
+        if x is None:
+            raise ValueError(f"{name} must be data of shape (*batch, {_plain_shape(self.event_shape)}); got None")
+        shape = jnp.shape(x)
+        if len(shape) < self.kernel.event_ndim or shape[len(shape) - self.kernel.event_ndim :] != self.event_shape:
+            raise ValueError(f"{name} must have shape (*batch, {_plain_shape(self.event_shape)}); got {shape}")
+        if 0 in shape:
+            raise ValueError(f"{name} must hold at least one datum; got shape {shape}")
+        if not isinstance(x, jax.core.Tracer):
+            values = np.asarray(x)
+            if values.dtype.kind not in "biuf" and values.dtype != jnp.bfloat16:
+                raise TypeError(f"{name} must hold numbers; got dtype {values.dtype}")
+            bad = ~np.isfinite(values)
+            if bad.any():
+                raise ValueError(
+                    f"{name} must be finite; {np.count_nonzero(bad)} of {bad.size} values are NaN or infinite. A bound "
+                    "with masked values is no bound: impute or drop them, or train on complete rows"
+                )
+            if self.transform is None:
+                self.kernel.check_data(values, name)
+            elif not np.all(inside := self.support(values)):
+                raise ValueError(
+                    f"{name} must lie in the transform's codomain; {np.count_nonzero(~np.asarray(inside))} values do not"
+                )
+        return self.kernel.as_state(x)
+
+    def to_model_space(self, x: Array) -> Array:
+        """x in the model's space."""
+        return x if self.transform is None else self.transform._inverse(x)
+
+    # --- inner -------------------------------------------------------------------------------------------------
+
+    @property
+    def _path_dims(self) -> list[str]:
+        return ["step", *(f"x_dim_{i}" for i in range(self.kernel.event_ndim))]
+
+    def _param_sites(self, context: Any, context_batch_ndim: int) -> dict[str, Any]:
+        """The parameters, declared as ``numpyro.param`` sites."""
+        params = {self.schedule_site: self._schedule_param()}
+        init = partial(self._init_network, context=context, context_batch_ndim=context_batch_ndim)
+        if jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))):
+            params[self.network_site] = numpyro.param(self.network_site, init)
+        return {site: value for site, value in params.items() if value is not None}
+
+    def _schedule_param(self) -> Any:
+        init = self.schedule.init_params()
+        return None if init is None else numpyro.param(self.schedule_site, init)
+
+    def _process(self, context: Any, batch_ndim: int) -> ReverseProcess:
+        params = self._param_sites(context, batch_ndim)
+        return self.reverse_process(params, context=context, context_batch_ndim=batch_ndim)
+
+    def _check_params(self, params: dict[str, Any]) -> None:
+        if not isinstance(params, dict):
+            raise TypeError(f"params must be a dict by site name, such as fit.params; got {type(params).__name__}")
+        if self.schedule.init_params() is not None and self.schedule_site not in params:
+            raise ValueError(f"params must hold {self.schedule_site!r}; it holds {sorted(params)}")
+
+    def _plate(self, x: Array | None, context: Any, batch_size: int | None) -> tuple[Any, int]:
+        """The plate ``"data"`` over rows (none for one datum, or for generation), and its number of axes."""
+        leaves = jax.tree.leaves(context)
+        if x is None:
+            num_rows = jnp.shape(leaves[0])[0] if leaves and jnp.ndim(leaves[0]) else None
+        else:
+            num_rows = len(x) if x.ndim > self.kernel.event_ndim else None
+            if x.ndim > self.kernel.event_ndim + 1:
+                raise ValueError(
+                    f"x must have shape (N, {_plain_shape(self.event_shape)}) or be one datum; got {x.shape}"
+                )
+        if num_rows is None:
+            return nullcontext(), 0
+        self._check_rows(num_rows, context, batch_size)
+        return numpyro.plate("data", num_rows, subsample_size=batch_size), 1
+
+    def _data_plate(self, rng_key: Array, num_rows: int, batch_size: int | None) -> Any:
+        """The plate ``"data"`` with rows drawn here: its own drawing without replacement loops on a CPU."""
+        if batch_size is None or batch_size == num_rows:
+            return numpyro.plate("data", num_rows, dim=-1)
+        rows = jax.random.randint(rng_key, (batch_size,), 0, num_rows)
+        with handlers.substitute(data={"data": rows}):
+            return numpyro.plate("data", num_rows, subsample_size=batch_size, dim=-1)
+
+    @staticmethod
+    def _check_rows(num_rows: int, context: Any, batch_size: int | None) -> None:
+        if batch_size is not None and not 1 <= batch_size <= num_rows:
+            raise ValueError(f"batch_size must be in 1…{num_rows}, the number of rows; got {batch_size}")
+        check_context_rows(context, num_rows)
+
+
+def stratified_times(rng_key: Array, batch_size: int, num_times: int, num_steps: int) -> Array:
+    """Indices 0…num_steps-1 of shape ``(num_times, batch_size)``, each uniform, spread evenly within every column and
+    over the batch (with ``num_times == num_steps`` every column holds each step once)."""
+    turn_key, place_key = jax.random.split(rng_key)
+    turn = jax.random.randint(turn_key, (), 0, batch_size)
+    place = ((jnp.arange(batch_size) + turn) % batch_size + jax.random.uniform(place_key, (batch_size,))) / batch_size
+    times = (jnp.arange(num_times)[:, None] + place) / num_times
+    return jnp.minimum((times * num_steps).astype(int), num_steps - 1)
+
+
+def check_context_rows(context: Any, num_rows: int) -> None:
+    """Refuses covariates that do not have one row per datum.
+
+    :raises ValueError: naming ``context``.
+    """
+    for leaf in jax.tree.leaves(context):
+        if jnp.shape(leaf)[:1] != (num_rows,):
+            raise ValueError(f"context must have one row per datum, first axis {num_rows}; got shape {jnp.shape(leaf)}")
+
+
+def _take(tree: Any, rows: Array | None) -> Any:
+    return tree if rows is None or tree is None else jax.tree.map(lambda a: jnp.asarray(a)[rows], tree)
+
+
+def _batch_shapes(context: Any, batch_ndim: int) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf)[:batch_ndim] for leaf in jax.tree.leaves(context)]
+
+
+def _plain_shape(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))

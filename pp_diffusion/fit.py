@@ -1,0 +1,371 @@
+"""Training: SVI on the bound pair, many updates per dispatch."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.svi import SVIState
+from tqdm.auto import tqdm
+
+from pp_diffusion.diffusion import Diffusion, check_context_rows
+from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.transforms import check_not_constant, name_columns
+from pp_diffusion.units import nats_to_bits
+
+MAX_UPDATES_PER_DISPATCH = 1000
+SECONDS_PER_DISPATCH = 0.5
+
+
+class FitState(NamedTuple):
+    """All that training carries; a pytree.
+
+    :ivar svi: NumPyro's SVI state (optimiser state with the parameters, random key).
+    :ivar average: running averages of the parameters; ``None`` without averaging.
+    :ivar step: updates done.
+    """
+
+    svi: SVIState
+    average: Any
+    step: Array
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.
+
+    :ivar diffusion: the diffusion that was trained.
+    :ivar params: the trained parameters by site name, averaged where averaging is on; every figure is theirs.
+    :ivar losses: −K per datum of each update's batch, in nats, at that update's own parameters.
+    :ivar state: to go on training with, ``fit(..., state=result.state)``.
+    """
+
+    diffusion: Diffusion
+    params: dict[str, Any] = field(repr=False)
+    losses: np.ndarray = field(repr=False)
+    state: FitState = field(repr=False)
+    needs_context: bool = field(default=False, repr=False)
+
+    @property
+    def prior(self) -> DiffusionPrior:
+        """The trained diffusion as a NumPyro distribution, ``diffusion.prior(params)``."""
+        if self.needs_context:
+            raise ValueError("context is needed: it was trained with one; use diffusion.prior(fit.params, context=...)")
+        return self.diffusion.prior(self.params)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training met a loss that is NaN or infinite.
+
+    :ivar result: the :class:`FitResult` as of the last dispatch whose losses were all finite; ``None`` if there was none.
+    """
+
+    def __init__(self, message: str, result: FitResult | None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def fit(
+    rng_key: Array,
+    diffusion: Diffusion,
+    data: Any,
+    *,
+    num_steps: int,
+    batch_size: int = 512,
+    optimizer: optax.GradientTransformation | None = None,
+    context: Any = None,
+    num_times: int = 1,
+    objective: Literal["bound"] = "bound",
+    average: float | None = 0.999,
+    state: FitState | None = None,
+    progress_bar: bool = True,
+) -> FitResult:
+    r"""Trains a diffusion by stochastic variational inference on the bound K.
+
+    The same as ``SVI(diffusion.bound_model, diffusion.bound_guide, optimizer, Trace_ELBO())``, with many updates per
+    dispatch, averaged parameters and checked data. Ctrl-C returns what was trained so far. Calls that differ only in
+    keys, data values and ``num_steps`` (with the same optimizer object) share one compilation.
+
+    :param rng_key: a JAX random key.
+    :param Diffusion diffusion: what to train.
+    :param data: an array of shape ``(N, *event_shape)``; or an iterable of batches; or a function
+        ``rng_key -> batch``, traced into the update, for endless simulated data. A batch is an array, or a pair
+        ``(x, context)``.
+    :param int num_steps: optimiser updates.
+    :param int batch_size: rows per update, for an array (at most N).
+    :param optimizer: an optax optimiser; the default is Adam with warm-up, cosine decay to zero, and clipped gradients.
+    :param context: covariates of an array's rows.
+    :param int num_times: time steps drawn per row and update.
+    :param objective: ``"bound"``, the paper's K.
+    :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
+        do not stay in it; ``None`` returns the last parameters.
+    :param state: the ``.state`` of an earlier result, to go on from.
+    :param progress_bar: shows rate, time left and the bound (a running mean over batches) in nats and bits.
+    :raises ValueError: for data that are empty, not finite, of the wrong shape, outside the kernel's support, or
+        constant in a coordinate.
+    :raises NonFiniteLossError: where a loss is NaN or infinite; it carries what was trained before.
+
+    .. doctest::
+
+        >>> import jax, pp_diffusion as ppd
+        >>> data = ppd.datasets.swiss_roll(jax.random.key(0), 1000)
+        >>> diffusion = ppd.Diffusion(
+        ...     ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20), ppd.networks.MLP((16,)),
+        ...     transform=ppd.standardize(data.train),
+        ... )
+        >>> fit = ppd.fit(jax.random.key(1), diffusion, data.train, num_steps=10, batch_size=32, progress_bar=False)
+        >>> fit.losses.shape, fit.prior.sample(jax.random.key(2), (3,)).shape
+        ((10,), (3, 2))
+    """
+    if objective != "bound":
+        raise ValueError(f"objective must be 'bound'; got {objective!r}")
+    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+    if average is not None and not 0 <= average < 1:
+        raise ValueError(f"average must be in [0, 1) or None; got {average}")
+    optimizer = _default_optimizer(int(num_steps)) if optimizer is None else optimizer
+    source = _source(diffusion, data, context, batch_size, rng_key)
+    settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw)
+    init_key, rng_key = jax.random.split(rng_key)
+    if state is None:
+        state = _init(diffusion, source.example, init_key, settings)
+
+    losses: list[np.ndarray] = []
+    with tqdm(total=num_steps, disable=not progress_bar, desc="fit", unit="update") as bar:
+        done, updates = 0, 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
+        try:
+            while done < num_steps:
+                batch, updates = source.take(min(updates, num_steps - done))
+                started = time.perf_counter()
+                next_state, new = _run(diffusion, state, batch, jnp.asarray(updates), settings)
+                new_losses = np.asarray(new)[:updates]
+                seconds = time.perf_counter() - started
+                _check_finite(new_losses, done, lambda: _result(diffusion, state, losses, settings, source))
+                state, done = next_state, done + updates
+                losses.append(new_losses)
+                _report(bar, updates, losses)
+                if done > 1:  # not while compiling
+                    updates = int(np.clip(updates * SECONDS_PER_DISPATCH / max(seconds, 1e-9), 1, 4 * updates + 8))
+                updates = min(max(updates, 8), MAX_UPDATES_PER_DISPATCH)
+        except KeyboardInterrupt:
+            warnings.warn(f"interrupted: returning the parameters after {done} of {num_steps} updates", stacklevel=2)
+    return _result(diffusion, state, losses, settings, source)
+
+
+class _Settings(NamedTuple):
+    """The static part of training; one compilation for each."""
+
+    optimizer: optax.GradientTransformation
+    batch_size: int | None
+    num_times: int
+    average: float | None
+    draw: Callable[[Array], Any] | None
+
+
+@lru_cache(maxsize=64)
+def _default_optimizer(num_steps: int) -> optax.GradientTransformation:
+    warm_up = min(500, max(1, num_steps // 20))
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warm_up, max(num_steps, warm_up + 1))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+
+def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int) -> SVI:
+    # per datum, so that losses, clipping and learning rates mean the same for any N
+    model = handlers.scale(diffusion.bound_model, scale=1 / num_rows)
+    return SVI(model, diffusion.bound_guide, settings.optimizer, Trace_ELBO())
+
+
+@partial(jax.jit, static_argnums=3)
+def _init(diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings) -> FitState:
+    x, context = example
+    svi = _svi(diffusion, settings, len(x))
+    svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
+    return FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+
+
+@partial(jax.jit, static_argnums=4)
+def _run(
+    diffusion: Diffusion, state: FitState, data: Any, updates: Array, settings: _Settings
+) -> tuple[FitState, Array]:
+    """``updates`` updates (a traced number, so that one compilation serves all) and their losses."""
+
+    def update(i: Array, carry: tuple[FitState, Array]) -> tuple[FitState, Array]:
+        (svi_state, average, step), losses = carry
+        if settings.draw is not None:
+            rng_key, batch_key = jax.random.split(svi_state.rng_key)
+            svi_state = svi_state._replace(rng_key=rng_key)
+            x, context = _pair(settings.draw(batch_key))
+        elif settings.batch_size is None:  # a stack of batches
+            x, context = jax.tree.map(lambda a: a[i], data)
+        else:
+            x, context = data
+        svi = _svi(diffusion, settings, len(x))
+        svi.init(jax.random.key(0), x[:1], context=jax.tree.map(lambda c: c[:1], context))  # fills in its constraints
+        svi_state, loss = svi.update(
+            svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
+        )
+        if settings.average is not None:
+            rate = jnp.maximum(1 - settings.average, 10.0 / (10.0 + step))
+            average = optax.incremental_update(svi.get_params(svi_state), average, rate)
+        return FitState(svi_state, average, step + 1), losses.at[i].set(loss)
+
+    return jax.lax.fori_loop(0, updates, update, (state, jnp.zeros(MAX_UPDATES_PER_DISPATCH)))
+
+
+class _Source(NamedTuple):
+    """Data in one of their three forms.
+
+    ``take(n)`` returns what the next dispatch of at most n updates gets, and how many updates it is for.
+    """
+
+    example: tuple[Any, Any]
+    take: Callable[[int], tuple[Any, int]]
+    batch_size: int | None
+    draw: Callable[[Array], Any] | None
+
+
+def _source(diffusion: Diffusion, data: Any, context: Any, batch_size: int, rng_key: Array) -> _Source:
+    if callable(data):
+        if context is not None:
+            raise ValueError("context must be None where data is a function: let it return pairs (x, context)")
+        x, own_context = _pair(data(rng_key))
+        example = _check_batch(diffusion, x, own_context, "data(rng_key)")
+        return _Source(example, lambda n: (None, n), None, data)
+    if hasattr(data, "shape") or _is_number_list(data):
+        x = diffusion.check_data(data, "data")
+        if x.ndim != diffusion.kernel.event_ndim + 1:
+            shape = ", ".join(map(str, diffusion.event_shape))
+            raise ValueError(f"data must have shape (N, {shape}); got {x.shape}")
+        check_context_rows(context, len(x))
+        context = jax.tree.map(jnp.asarray, context)
+        _check_scales(diffusion, np.asarray(data))
+        few = (x[:1], jax.tree.map(lambda c: c[:1], context))
+        return _Source(few, lambda n: ((x, context), n), min(batch_size, len(x)), None)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an array, an iterable of batches or a function; got {type(data).__name__}")
+    if context is not None:
+        raise ValueError("context must be None where data is an iterable: let it yield pairs (x, context)")
+    batches = _checked_batches(diffusion, data)
+    first = next(batches)
+    batches = itertools.chain([first], batches)
+    return _Source(jax.tree.map(lambda a: a[:1], first), _Stacker(batches), None, None)
+
+
+class _Stacker:
+    """Stacks consecutive batches of one shape, for one dispatch."""
+
+    def __init__(self, batches: Iterator[tuple[Any, Any]]) -> None:
+        self.batches = batches
+        self.ahead = next(batches)
+
+    def __call__(self, most: int) -> tuple[Any, int]:
+        # a power of two, so that few shapes are compiled
+        most = 2 ** (min(most, 64).bit_length() - 1)
+        shapes = jax.tree.map(jnp.shape, self.ahead)
+        stack = [self.ahead]
+        self.ahead = next(self.batches)
+        while len(stack) < most and jax.tree.map(jnp.shape, self.ahead) == shapes:
+            stack.append(self.ahead)
+            self.ahead = next(self.batches)
+        length = 2 ** (len(stack) - 1).bit_length()  # a short stack is padded; the rest is not used
+        padded = stack + [stack[-1]] * (length - len(stack))
+        return jax.tree.map(lambda *a: jnp.stack(a), *padded), len(stack)
+
+
+def _checked_batches(diffusion: Diffusion, data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The batches, checked, over and over."""
+    one_pass = iter(data) is data
+    while True:
+        count = 0
+        for count, batch in enumerate(data, 1):
+            yield _check_batch(diffusion, *_pair(batch), f"data: batch {count}")
+        if count == 0:
+            raise ValueError("data must yield at least one batch; it yielded none")
+        if one_pass:
+            raise ValueError(
+                f"data ran out after {count} batches; give a longer iterator, or an iterable that can be read again"
+            )
+
+
+def _check_batch(diffusion: Diffusion, x: Any, context: Any, name: str) -> tuple[Any, Any]:
+    x = diffusion.check_data(x, name)
+    if x.ndim != diffusion.kernel.event_ndim + 1:
+        shape = ", ".join(map(str, diffusion.event_shape))
+        raise ValueError(f"{name} must have shape (batch, {shape}); got {x.shape}")
+    check_context_rows(context, len(x))
+    return x, jax.tree.map(jnp.asarray, context)
+
+
+def _check_scales(diffusion: Diffusion, data: np.ndarray) -> None:
+    if diffusion.kernel.is_discrete:
+        return
+    check_not_constant(data)
+    if diffusion.transform is None:
+        mean, sd = data.mean(0, dtype=np.float64), data.std(0, dtype=np.float64)
+        far = (sd < 1 / 4) | (sd > 4) | (np.abs(mean) > 4)
+        if far.any():
+            warnings.warn(
+                f"data are far from unit scale in {name_columns(far)}, and no transform is given; "
+                "use Diffusion(..., transform=ppd.standardize(data))",
+                stacklevel=4,
+            )
+
+
+def _check_finite(losses: np.ndarray, done: int, result: Callable[[], FitResult]) -> None:
+    if np.isfinite(losses).all():
+        return
+    update = done + int(np.argmin(np.isfinite(losses))) + 1
+    raise NonFiniteLossError(
+        f"the loss is {losses[update - done - 1]} at update {update}. Usual causes: data far from unit scale "
+        "(use transform=ppd.standardize(data)), a learning rate that is too high, or a network that returned NaN or a "
+        "variance <= 0. What was trained before is in this error's .result",
+        result() if done else None,
+    )
+
+
+def _result(
+    diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: _Source
+) -> FitResult:
+    if settings.average is None:
+        svi = _svi(diffusion, settings, 1)
+        svi.init(jax.random.key(0), source.example[0], context=source.example[1])
+        params = svi.get_params(state.svi)
+    else:
+        params = state.average
+    all_losses = np.concatenate(losses) if losses else np.zeros(0)
+    return FitResult(diffusion, params, all_losses, state, needs_context=source.example[1] is not None)
+
+
+def _report(bar: tqdm, updates: int, losses: list[np.ndarray]) -> None:
+    recent = -float(np.mean(np.concatenate(losses[-10:])[-1000:]))
+    bar.set_postfix_str(f"K = {recent:.4g} nats = {nats_to_bits(recent):.4g} bits", refresh=False)
+    bar.update(updates)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, tuple):
+        if len(batch) != 2:
+            raise ValueError(f"a batch must be an array or a pair (x, context); got a tuple of {len(batch)}")
+        return batch
+    return batch, None
+
+
+def _is_number_list(data: Any) -> bool:
+    if not isinstance(data, (list, tuple)):
+        return False
+    while isinstance(data, (list, tuple)) and data:
+        data = data[0]
+    return isinstance(data, (int, float, np.number)) or (isinstance(data, (list, tuple)) and not data)

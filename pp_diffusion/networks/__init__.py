@@ -1,0 +1,10 @@
+"""Stock networks, as linen modules: hashable, shaped by their first input, without state.
+
+Each is called as ``network(x_t, t, log_snr=..., context=...)`` and returns one array of the state's shape per output.
+``num_timesteps`` and ``outputs`` are filled in by :class:`~pp_diffusion.Diffusion`.
+"""
+
+from pp_diffusion.networks.mlp import MLP as MLP
+from pp_diffusion.networks.rbf import RBF as RBF
+
+__all__ = ["MLP", "RBF"]

@@ -1,0 +1,211 @@
+r"""The learned reverse process: networks of any make, and :math:`p(x_{t-1} \mid x_t)` built from their outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+
+from pp_diffusion._frozen import Frozen
+from pp_diffusion.kernels import Kernel
+from pp_diffusion.parameterizations import Parameterization
+from pp_diffusion.schedules import Rates
+
+LOG_SNR_LIMIT = 20.0
+
+
+class _Calls(NamedTuple):
+    """What a make of network needs: its initial parameters, and a call."""
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    function: Callable[..., Any]  # whose signature names the inputs
+
+
+class Network(Frozen):
+    """One face for linen modules, nnx modules and plain callables ``network(x_t, t)``.
+
+    The signature is read once: of ``log_snr`` and ``context`` a network is given what it names.
+
+    :param module: a linen module, an initialised nnx module, or a callable.
+    :raises TypeError: if it is none of these, or takes fewer than two positional arguments.
+    """
+
+    module: Any
+    inputs: tuple[str, ...]
+
+    def __init__(self, module: Any) -> None:
+        if not callable(module):
+            raise TypeError(f"network must be a linen module, an nnx module or a callable; got {type(module).__name__}")
+        parameters = inspect.signature(_calls(module).function).parameters.values()
+        kinds = inspect.Parameter
+        positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+        if len(positional) < 2 and not any(p.kind == kinds.VAR_POSITIONAL for p in parameters):
+            raise TypeError(f"network must take (x_t, t); its signature is {inspect.signature(_calls(module).function)}")
+        takes_any = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
+        named = {p.name for p in parameters}
+        self._set(module=module, inputs=tuple(n for n in ("log_snr", "context") if takes_any or n in named))
+
+    def configured(self, **settings: Any) -> Network:
+        """With those of the settings that the module has as a field and leaves at ``None`` (the stock networks do)."""
+        if not isinstance(self.module, nn.Module):
+            return self
+        settings = {k: v for k, v in settings.items() if getattr(self.module, k, 0) is None}
+        return Network(self.module.clone(**settings)) if settings else self
+
+    def init(self, rng_key: Array, x_t: Array, t: Array, log_snr: Array, context: Any) -> Any:
+        """Initial parameters, a nested dictionary; empty for a plain callable."""
+        return _calls(self.module).init(rng_key, x_t, t, **self._extra(log_snr, context))
+
+    def __call__(self, params: Any, x_t: Array, t: Array, log_snr: Array, context: Any) -> tuple[Any, ...]:
+        out = _calls(self.module).apply(params, x_t, t, **self._extra(log_snr, context))
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+    def _extra(self, log_snr: Array, context: Any) -> dict[str, Any]:
+        given = {"log_snr": jnp.clip(log_snr, -LOG_SNR_LIMIT, LOG_SNR_LIMIT), "context": context}
+        return {name: given[name] for name in self.inputs}
+
+
+def _calls(module: Any) -> _Calls:
+    if isinstance(module, nn.Module):
+        return _linen_calls(module)
+    nnx = _nnx_if_imported()
+    if nnx is not None and isinstance(module, nnx.Module):
+        return _nnx_calls(nnx, module)
+    return _Calls(lambda rng_key, *args, **kwargs: {}, lambda params, *args, **kwargs: module(*args, **kwargs), module)
+
+
+def _linen_calls(module: nn.Module) -> _Calls:
+    def init(rng_key: Array, *args: Any, **kwargs: Any) -> Any:
+        variables = module.init(rng_key, *args, **kwargs)
+        if set(variables) - {"params"}:
+            raise ValueError(
+                f"network must be stateless; {type(module).__name__} has collections {sorted(variables)} "
+                "(use LayerNorm or GroupNorm instead of BatchNorm)"
+            )
+        return variables.get("params", {})
+
+    def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return module.apply({"params": params}, *args, **kwargs)
+
+    return _Calls(init, apply, module.__call__)  # type: ignore[attr-defined]
+
+
+def _nnx_calls(nnx: Any, module: Any) -> _Calls:
+    structure, params, rest = nnx.split(module, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise ValueError(
+            f"network must be stateless; {type(module).__name__} holds state that is no nnx.Param "
+            "(dropout, batch norm and random streams are not supported)"
+        )
+
+    def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
+        state = nnx.split(module, nnx.Param)[1]
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(structure, state, rest)(*args, **kwargs)
+
+    return _Calls(lambda rng_key, *args, **kwargs: nnx.to_pure_dict(params), apply, module.__call__)
+
+
+def _nnx_if_imported() -> Any:
+    """flax.nnx, if the user has it: a module of theirs can only be one of its after they imported it."""
+    import sys
+
+    return sys.modules.get("flax.nnx")
+
+
+class ReverseProcess(Frozen):
+    r"""A reverse trajectory in the model's space: :math:`\pi(x_T) \prod_t p(x_{t-1} \mid x_t)`, with everything bound.
+
+    Called as ``reverse(x_t, rates)`` it returns the distribution of :math:`x_{t-1}`.
+
+    :param Kernel kernel: the diffusion kernel.
+    :param Rates rates: all T steps.
+    :param Network network: the network.
+    :param params: its parameters.
+    :param parameterization: the name of the kernel's rule that reads the network's outputs.
+    :param last_step: ``"kernel"`` (the paper: :math:`p(x_0 \mid x_1) = T_\pi`) or ``"network"``.
+    :param context: covariates, a pytree of arrays whose first ``context_batch_ndim`` axes are batch axes.
+    """
+
+    data_fields = ("kernel", "rates", "params", "context")
+
+    kernel: Kernel
+    rates: Rates
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        rates: Rates,
+        network: Network,
+        params: Any,
+        *,
+        parameterization: str,
+        last_step: str = "kernel",
+        context: Any = None,
+        context_batch_ndim: int = 0,
+    ) -> None:
+        self._set(
+            kernel=kernel,
+            rates=rates,
+            network=network,
+            params=params,
+            parameterization=parameterization,
+            last_step=last_step,
+            context=context,
+            context_batch_ndim=context_batch_ndim,
+        )
+
+    @property
+    def rule(self) -> Parameterization:
+        return self.kernel.parameterizations[self.parameterization]
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.rates.num_timesteps
+
+    @property
+    def first_network_step(self) -> int:
+        """Index of the first step that the network describes: 1 where the last step is the kernel's, else 0."""
+        return 1 if self.last_step == "kernel" else 0
+
+    def __call__(self, x_t: Array, rates: Rates) -> dist.Distribution:
+        batch_shape = x_t.shape[: x_t.ndim - self.kernel.event_ndim]
+        t = jnp.broadcast_to(rates.t, batch_shape)
+        log_snr = jnp.broadcast_to(rates.log_snr, batch_shape)
+        context = jax.tree.map(
+            lambda c: jnp.broadcast_to(c, batch_shape + jnp.shape(c)[self.context_batch_ndim :]), self.context
+        )
+        outputs = self.network(self.params, x_t, t, log_snr, context)
+        check_outputs(outputs, self.rule, x_t.shape)
+        return self.rule.reverse(self.kernel, x_t, rates, *outputs)
+
+    def last(self, x_1: Array) -> dist.Distribution:
+        r""":math:`p(x_0 \mid x_1)`."""
+        rates = self.rates.at(0)
+        return self.kernel.transition(x_1, rates.beta) if self.last_step == "kernel" else self(x_1, rates)
+
+    def with_context(self, context: Any) -> ReverseProcess:
+        new = object.__new__(type(self))
+        new._set(**{**self.__dict__, "context": context})
+        return new
+
+
+def check_outputs(outputs: tuple[Any, ...], rule: Parameterization, shape: tuple[int, ...]) -> None:
+    """Refuses a network whose outputs are not ``len(rule.outputs)`` arrays of the state's shape.
+
+    :raises ValueError: naming ``network``.
+    """
+    shapes = [jnp.shape(out) for out in outputs]
+    if shapes != [shape] * len(rule.outputs):
+        kinds = ", ".join(rule.outputs)
+        raise ValueError(
+            f"network must return {len(rule.outputs)} array(s) ({kinds}) of x_t's shape {shape}; "
+            f"it returned {len(shapes)} of shape {', '.join(map(str, shapes))}"
+        )
