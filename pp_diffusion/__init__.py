@@ -2,10 +2,13 @@
 
 from pp_diffusion import datasets as datasets
 from pp_diffusion import networks as networks
+from pp_diffusion import plotting as plotting
 from pp_diffusion import units as units
 from pp_diffusion.bounds import Bound as Bound
 from pp_diffusion.bounds import LowerBound as LowerBound
 from pp_diffusion.bounds import lower_bound as lower_bound
+from pp_diffusion.checkpoint import load as load
+from pp_diffusion.checkpoint import save as save
 from pp_diffusion.diffusion import Diffusion as Diffusion
 from pp_diffusion.fit import FitResult as FitResult
 from pp_diffusion.fit import NonFiniteLossError as NonFiniteLossError

@@ -168,8 +168,7 @@ class GaussianKernel(Kernel):
     def posterior_moments(self, x_t: Array, x_0: Array, rates: Rates) -> tuple[Array, Array]:
         r"""Mean and variance :math:`\tilde\beta_t` of :math:`q(x_{t-1} \mid x_t, x_0)`; the variance has unit event axes."""
         from_x_0 = jnp.sqrt(rates.previous_alpha_bar) * rates.innovation
-        from_x_t = jnp.sqrt(rates.retained) * rates.previous_erased / rates.erased
-        mean = self.over_events(from_x_0) * x_0 + self.over_events(from_x_t) * x_t
+        mean = x_t + (self.over_events(rates.shrinkage) * x_t + self.over_events(from_x_0) * x_0)
         return mean, self.over_events(rates.previous_erased * rates.innovation)
 
     def _normal_like(self, x: Array, mean: Array, variance: Array) -> dist.Distribution:

@@ -78,7 +78,17 @@ class Rates(NamedTuple):
     @property
     def retained(self) -> Array:
         r""":math:`1 - \beta_t`."""
-        return jnp.exp(jax.nn.log_sigmoid(self.log_snr) - jax.nn.log_sigmoid(self.previous_log_snr))
+        return self.alpha_bar + self.erased * jnp.exp(-self.drop)
+
+    @property
+    def shrinkage(self) -> Array:
+        r""":math:`\sqrt{1-\beta_t}\,(1-\bar\alpha_{t-1})/(1-\bar\alpha_t) - 1 = e^{-\Delta_t}/\sqrt{1-\beta_t} - 1`.
+
+        The weight of :math:`x_t` in the mean of :math:`q(x_{t-1} \mid x_t, x_0)`, less 1: with small steps it is the
+        difference that has to be exact, because the noise to compare it with is small too.
+        """
+        log_retained = jnp.log1p(-jnp.minimum(self.beta, 1 - jnp.finfo(self.drop.dtype).epsneg))
+        return jnp.expm1(-self.drop - 0.5 * log_retained)
 
     def at(self, index: ArrayLike | slice) -> Rates:
         """The rates of the steps at ``index`` (0…T-1) of a whole schedule.
@@ -102,17 +112,17 @@ class Rates(NamedTuple):
             raise ValueError(f"num_timesteps must be in 1…{total}, the trained chain's length; got {num_timesteps}")
         index = np.round(np.linspace(total - 1, 0, num_timesteps)).astype(int)[::-1]
         log_snr = self.log_snr[index]
-        previous = jnp.concatenate([jnp.full((1,), jnp.inf, log_snr.dtype), log_snr[:-1]])
-        # a step that is kept whole keeps its exact drop
-        drop = jnp.where(previous == self.previous_log_snr[index], self.drop[index], previous - log_snr)
-        return Rates(self.t[index], log_snr, previous, drop)
+        segments = np.searchsorted(index, np.arange(total))  # a step's drop is the sum of those it bridges
+        drop = jax.ops.segment_sum(self.drop, segments, num_segments=num_timesteps)
+        return Rates(self.t[index], log_snr, _previous(log_snr), drop)
 
 
 class Schedule(Frozen):
     """Base class of schedules.
 
-    A subclass defines :meth:`log_snr`, :attr:`num_timesteps` and, where it is trained, :meth:`init_params`; one that
-    knows its drops more exactly than by differences also overrides :meth:`rates`. Arrays belong in ``data_fields``.
+    A subclass sets ``num_timesteps`` and defines :meth:`log_snr` and, where it is trained, :meth:`init_params`; one that
+    knows its drops better than by differences of rounded numbers also overrides :meth:`rates`. Arrays that it holds
+    belong in ``data_fields``.
     """
 
     num_timesteps: int
@@ -132,7 +142,7 @@ class Schedule(Frozen):
     def rates(self, params: Any = None) -> Rates:
         """All T steps as :class:`Rates` with fields of shape ``(T,)``."""
         log_snr = _float(self.log_snr(params))
-        previous = jnp.concatenate([jnp.full((1,), jnp.inf, log_snr.dtype), log_snr[:-1]])
+        previous = _previous(log_snr)
         return Rates(jnp.arange(1, self.num_timesteps + 1), log_snr, previous, previous - log_snr)
 
     def betas(self, params: Any = None) -> Array:
@@ -176,10 +186,9 @@ class FixedSchedule(Schedule):
         with np.errstate(divide="ignore"):  # β_T = 1: log ᾱ_T = −∞
             log_alpha_bar = np.cumsum(np.log1p(-betas))
             log_erased = np.log(-np.expm1(log_alpha_bar))
-            log_snr = log_alpha_bar - log_erased
             drops = -np.log1p(-np.minimum(betas / np.exp(log_erased), 1))
         drops[0] = np.inf
-        self._set(num_timesteps=betas.size, _log_snr=log_snr, _drops=drops)
+        self._set(num_timesteps=betas.size, _log_snr=log_alpha_bar - log_erased, _drops=drops)
 
     @classmethod
     def from_log_snr(cls, log_snr: ArrayLike) -> Self:
@@ -273,23 +282,25 @@ class LearnedSchedule(Schedule):
         return params
 
     def _drops(self, params: Any) -> Array:
+        if self.num_timesteps == 1:
+            return jnp.zeros(0)
+        if params is None:
+            raise ValueError("params is needed: this schedule is learned")
         start = _logit_of_first_beta(self.first_beta)
         fall = jax.nn.softplus(params["fall"]) if self.final_log_snr is None else start - self.final_log_snr
         return fall * jax.nn.softmax(params["shares"])
 
     def log_snr(self, params: Any = None) -> Array:
-        start = jnp.full((1,), _logit_of_first_beta(self.first_beta))
-        if self.num_timesteps == 1:
-            return start
-        if params is None:
-            raise ValueError("params is needed: this schedule is learned")
-        return jnp.concatenate([start, start - jnp.cumsum(self._drops(params))])
+        fallen = jnp.cumsum(self._drops(params))
+        return _logit_of_first_beta(self.first_beta) - jnp.concatenate([jnp.zeros(1), fallen])
 
     def rates(self, params: Any = None) -> Rates:
         rates = super().rates(params)
-        if self.num_timesteps == 1:
-            return rates
         return rates._replace(drop=jnp.concatenate([rates.drop[:1], self._drops(params)]))
+
+
+def _previous(log_snr: Array) -> Array:
+    return jnp.concatenate([jnp.full((1,), jnp.inf, log_snr.dtype), log_snr[:-1]])
 
 
 def _float(x: ArrayLike) -> Array:

@@ -1,8 +1,9 @@
 """Data for the examples: generated ones with their exact densities, and scikit-learn's real digits."""
 
 from pp_diffusion.datasets.dataset import Dataset as Dataset
+from pp_diffusion.datasets.digits import dequantize as dequantize
 from pp_diffusion.datasets.digits import digits as digits
 from pp_diffusion.datasets.heartbeat import heartbeat as heartbeat
 from pp_diffusion.datasets.swiss_roll import swiss_roll as swiss_roll
 
-__all__ = ["Dataset", "digits", "heartbeat", "swiss_roll"]
+__all__ = ["Dataset", "dequantize", "digits", "heartbeat", "swiss_roll"]

@@ -1,0 +1,1 @@
+"""Runnable reproductions; see each module. ``python -m examples`` is the short tour."""

@@ -1,0 +1,134 @@
+"""Figures: samples, and the paper's figure 1. Each function draws with matplotlib and returns the figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.trajectories import ForwardTrajectory, ReverseTrajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def samples(x: Any, data: Any = None, *, num_columns: int = 10, title: str | None = None) -> Figure:
+    """Draws of a model, beside data where given.
+
+    Points of two dimensions are scattered, images are tiled in a square, and all else (sequences) are rows of a raster.
+
+    :param x: draws of shape ``(N, *event_shape)``.
+    :param data: data to compare with, of the same event shape.
+    :param num_columns: images to a row; ``num_columns**2`` are shown.
+    :param title: a title for the figure.
+    :raises ValueError: if ``x`` is no batch of events.
+    """
+    panels = [("samples", np.asarray(x))] + ([] if data is None else [("data", np.asarray(data))])
+    if panels[0][1].ndim < 2:
+        raise ValueError(f"x must have shape (N, *event_shape); got {panels[0][1].shape}")
+    figure, axes = _subplots(1, len(panels), 4.0)
+    low, high = panels[-1][1].min(), panels[-1][1].max()  # one grey scale, the data's
+    for axis, (label, values) in zip(axes[0], panels, strict=True):
+        axis.set_title(label)
+        if values.shape[1:] == (2,):
+            axis.scatter(*values.T, s=2, linewidths=0, alpha=0.5)
+            axis.set_aspect("equal")
+        elif values.ndim >= 3:
+            axis.imshow(_tile(values, num_columns), cmap="gray", interpolation="nearest", vmin=low, vmax=high)
+            axis.set_axis_off()
+        else:
+            axis.imshow(values[: 3 * num_columns], cmap="gray_r", interpolation="nearest", aspect="auto")
+            axis.set_xlabel("position")
+            axis.set_ylabel("draw")
+    if len(panels) == 2 and panels[0][1].shape[1:] == (2,):
+        axes[0][0].set_xlim(axes[0][1].get_xlim())
+        axes[0][0].set_ylim(axes[0][1].get_ylim())
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def trajectories(rng_key: Array, prior: DiffusionPrior, data: Any, *, num_points: int = 2000) -> Figure:
+    r"""The paper's figure 1, for data of two dimensions: slices of the forward trajectory at t = 0, T/2 and T, slices of
+    the reverse trajectory, and the drift :math:`f_\mu(x_t, t) - x_t`.
+
+    In the model's space.
+
+    :param rng_key: a JAX random key.
+    :param prior: the trained diffusion.
+    :param data: data in data units, shape ``(N, 2)``.
+    :param num_points: points in each slice.
+    :raises ValueError: if the data are not two-dimensional.
+    """
+    diffusion = prior.diffusion
+    if diffusion.event_shape != (2,) or diffusion.kernel.is_discrete:
+        raise ValueError(f"trajectories draws diffusions of event shape (2,); got {diffusion.event_shape}")
+    forward_key, reverse_key, last_key = jax.random.split(rng_key, 3)
+    process = prior.process
+    kernel, rates = process.kernel, process.rates
+    z = diffusion.to_model_space(diffusion.check_data(data, "data")[:num_points])
+    forward = ForwardTrajectory(kernel, rates, z).sample(forward_key)
+    reverse = ReverseTrajectory(kernel, rates, process, batch_shape=(num_points,)).sample(reverse_key)
+    last = process.last(reverse[:, 0]).sample(last_key)
+    shown = [0, max(1, process.num_timesteps // 2), process.num_timesteps]
+    figure, axes = _subplots(3, 3, 2.6)
+    limit = 3.0
+    for column, t in enumerate(shown):
+        for row, (label, start, path) in enumerate((("forward", z, forward), ("reverse", last, reverse))):
+            points = np.asarray(start if t == 0 else path[:, t - 1])
+            axes[row][column].scatter(*points.T, s=1.5, linewidths=0, alpha=0.6)
+            axes[row][column].set_title(f"{label}, t = {t}", fontsize=9)
+        _draw_drift(axes[2][column], process, max(t, process.first_network_step + 1), limit)
+    for axis in axes.flat:
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+    return figure
+
+
+def losses(result: Any, *, window: int = 100) -> Figure:
+    """The bound over training: each update's batch, and a running mean.
+
+    :param result: what :func:`~pp_diffusion.fit` returned.
+    :param window: updates in the running mean.
+    """
+    bound = -np.asarray(result.losses)
+    figure, axes = _subplots(1, 1, 4.0)
+    axis = axes[0][0]
+    axis.plot(np.arange(1, len(bound) + 1), bound, lw=0.3, alpha=0.4, label="one batch")
+    if len(bound) >= window:
+        mean = np.convolve(bound, np.ones(window) / window, mode="valid")
+        axis.plot(np.arange(window, len(bound) + 1), mean, label=f"mean of {window}")
+    low, high = np.quantile(bound, [0.02, 1.0])
+    axis.set(xlabel="update", ylabel="K (nats)", ylim=(low, high))
+    axis.legend()
+    return figure
+
+
+def _draw_drift(axis: Any, process: Any, t: int, limit: float) -> None:
+    grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(-limit, limit, 15)] * 2), -1).reshape(-1, 2)
+    step = process.rates.at(min(t, process.num_timesteps) - 1)
+    drift = np.asarray(process(grid, step).mean - grid)
+    axis.quiver(*np.asarray(grid).T, *drift.T, angles="xy", width=0.005)
+    axis.set_title(f"drift $f_\\mu - x_t$, t = {int(step.t)}", fontsize=9)
+
+
+def _subplots(rows: int, columns: int, size: float) -> Any:
+    # a figure of its own, without pyplot's global state and back ends
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=120)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _tile(images: np.ndarray, num_columns: int) -> np.ndarray:
+    """Images in a square, a pixel apart."""
+    edge = [(0, 0), (1, 1), (1, 1), *[(0, 0)] * (images.ndim - 3)]
+    images = np.pad(images, edge, constant_values=images.max())
+    height, width = images.shape[1:3]
+    rows = max(1, min(num_columns, len(images) // num_columns))
+    columns = min(num_columns, len(images))
+    shown = images[: rows * columns].reshape(rows, columns, *images.shape[1:])
+    return np.moveaxis(shown, 2, 1).reshape(rows * height, columns * width, *images.shape[3:])
