@@ -14,7 +14,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     """``--small`` (seconds, to see that it runs), ``--figures DIR`` and ``--no-progress``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="few updates, to see that it runs")
-    parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder for the figures (default: figures)")
+    parser.add_argument(
+        "--figures", type=Path, default=Path("figures"), help="folder for the figures (default: figures)"
+    )
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     return parser.parse_args()
 
@@ -25,7 +27,9 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     print(f"\n{title}")
     for row in table:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         print("  ".join([first, *others]).rstrip())
 
 

@@ -23,9 +23,7 @@ network = ppd.networks.MLP((256, 256), num_timesteps=T, outputs=("real", "real")
 def reverse_process():
     """p(x_{t-1} | x_t) = N(f_mu(x_t, t), f_Sigma(x_t, t))."""
     x, t = jnp.zeros((1, *SHAPE)), jnp.ones(1, int)
-    weights = numpyro.param(
-        "diffusion.network$params", lambda key: network.init(key, x, t, jnp.zeros(1))["params"]
-    )
+    weights = numpyro.param("diffusion.network$params", lambda key: network.init(key, x, t, jnp.zeros(1))["params"])
 
     def reverse(x_t, step):
         t, log_snr = (jnp.broadcast_to(a, x_t.shape[:-2]) for a in (step.t, step.log_snr))
@@ -69,5 +67,6 @@ if __name__ == "__main__":
     fit = ppd.fit(jax.random.key(3), diffusion(units), partial(batch, levels=data.train), num_steps=2_000)
     bound = ppd.lower_bound(jax.random.key(4), fit.prior, test)
     loss = Trace_ELBO().loss(jax.random.key(5), fit.params, model, guide, test, loc=units.loc, scale=units.scale)
-    print(f"K = {bound.value.mean():.2f} nats; code length <= {ppd.units.bits_per_dim(bound.value.mean(), 64):.3f} bits/dim")
+    bound.print_summary()
+    print(f"code length <= {ppd.units.bits_per_dim(bound.value.mean(), num_dims=64):.3f} bits/dim")
     print(f"K by the program above: {-loss / len(test):.2f} nats")

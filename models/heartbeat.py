@@ -20,9 +20,7 @@ network = ppd.networks.MLP((50, 50, 50), num_timesteps=T, outputs=("real",))
 def reverse_process():
     """p(x_{t-1} | x_t) = B(f_b(x_t, t))."""
     x, t = jnp.zeros((1, LENGTH)), jnp.ones(1, int)
-    weights = numpyro.param(
-        "diffusion.network$params", lambda key: network.init(key, x, t, jnp.zeros(1))["params"]
-    )
+    weights = numpyro.param("diffusion.network$params", lambda key: network.init(key, x, t, jnp.zeros(1))["params"])
 
     def reverse(x_t, step):
         t, log_snr = (jnp.broadcast_to(a, x_t.shape[:-1]) for a in (step.t, step.log_snr))

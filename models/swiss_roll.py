@@ -1,4 +1,4 @@
-"""Swiss roll (the paper, appendix D.1.1): T = 40 Gaussian steps, learned diffusion rates, a network over two coordinates.
+"""Swiss roll (the paper, appendix D.1.1): T = 40 Gaussian steps, learned rates, a network over both coordinates.
 
 The program is written out below; ``diffusion`` is the same model as one object, for training and for use as a prior.
 """
@@ -65,4 +65,6 @@ if __name__ == "__main__":
     bound = ppd.lower_bound(jax.random.key(2), fit.prior, data.test)
     loss = Trace_ELBO().loss(jax.random.key(3), fit.params, model, guide, data.test, loc=units.loc, scale=units.scale)
     bound.print_summary()
-    print(f"K by the program above: {-loss / len(data.test):.4f} nats; exact log p: {data.log_prob(data.test).mean():.4f}")
+    print(
+        f"K by the program above: {-loss / len(data.test):.4f} nats; exact log p: {data.log_prob(data.test).mean():.4f}"
+    )

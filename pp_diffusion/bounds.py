@@ -51,9 +51,9 @@ class LowerBound:
         """Prints the means over the data, with their standard errors over data and draws, in nats and bits."""
         print(f"{'':>12} {'nats':>10} {'bits':>10} {'std. error (bits)':>18}")
         for label, values in (("K", self.value), ("L_null", self.null), ("K - L_null", self.above_null)):
-            values = np.asarray(values, dtype=np.float64).ravel()
-            error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
-            mean = values.mean()
+            data = np.asarray(values, dtype=np.float64).ravel()
+            error = float(data.std(ddof=1)) / math.sqrt(data.size) if data.size > 1 else math.nan
+            mean = float(data.mean())
             print(f"{label:>12} {mean:>10.4f} {nats_to_bits(mean):>10.4f} {nats_to_bits(error):>18.4f}")
 
 
@@ -224,8 +224,7 @@ def _by_kl(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Ar
         return None, step_cost(key, process, z, index)
 
     _, costs = jax.lax.scan(step, None, (jax.random.split(rng_key, len(steps)), steps))
-    if process.first_network_step == 1:
-        costs = jnp.concatenate([-last[None], costs])
-    else:
-        costs = costs.at[0].add(-last)
+    if process.first_network_step == 1:  # step 1 is not among them
+        costs = jnp.concatenate([jnp.zeros_like(last)[None], costs])
+    costs = costs.at[0].add(-last)
     return -costs.sum(0) - prior_kl, costs

@@ -95,7 +95,9 @@ def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any)
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["fields"].items()}
         network = STOCK_NETWORKS[described["type"]](**fields)
     elif network is None:
-        raise ValueError(f"network is needed: the file was saved with {described['type']!r}, which is not a stock network")
+        raise ValueError(
+            f"network is needed: the file was saved with {described['type']!r}, which is not a stock network"
+        )
     kernel, schedule = _unpack_part(parts["kernel"], arrays), _unpack_part(parts["schedule"], arrays)
     if not isinstance(kernel, Kernel) or not isinstance(schedule, Schedule):
         raise TypeError("kernel and schedule are not what they should be")
@@ -154,7 +156,11 @@ def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) ->
         return {"type": cls.__name__, "parts": parts}
     if getattr(numpyro_transforms, cls.__name__, None) is not cls:
         raise TypeError(f"transform must be one of NumPyro's to be saved; got {cls.__qualname__}")
-    numbers = {k: v for k, v in vars(transform).items() if not k.startswith("_") and isinstance(v, (jax.Array, np.ndarray, float, int))}
+    numbers = {
+        k: v
+        for k, v in vars(transform).items()
+        if not k.startswith("_") and isinstance(v, (jax.Array, np.ndarray, float, int))
+    }
     try:
         rebuilt = cls(**numbers)
     except TypeError:
@@ -178,7 +184,9 @@ def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _pack_network(module: Any) -> dict[str, Any]:
-    kind = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", type(module).__name__)
+    kind = (
+        type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", type(module).__name__)
+    )
     if STOCK_NETWORKS.get(kind) is not type(module):
         return {"type": kind}
     fields = {k: getattr(module, k) for k in module.__dataclass_fields__ if k not in ("parent", "name")}

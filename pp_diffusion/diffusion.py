@@ -53,7 +53,8 @@ class Diffusion(Frozen):
 
         >>> import jax, numpyro, optax, pp_diffusion as ppd
         >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20), ppd.networks.MLP((8,)))
+        >>> kernel, schedule = ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20)
+        >>> diffusion = ppd.Diffusion(kernel, schedule, ppd.networks.MLP((8,)))
         >>> svi = SVI(diffusion.bound_model, diffusion.bound_guide, optax.adam(1e-3), Trace_ELBO())
         >>> x = jax.random.normal(jax.random.key(0), (100, 2))
         >>> result = svi.run(jax.random.key(1), 3, x, batch_size=10, progress_bar=False)
@@ -356,7 +357,7 @@ class Diffusion(Frozen):
                 self.kernel.check_data(values, name)
             elif not np.all(inside := self.support(values)):
                 raise ValueError(
-                    f"{name} must lie in the transform's codomain; {np.count_nonzero(~np.asarray(inside))} values do not"
+                    f"{name} must lie in the transform's codomain; {np.count_nonzero(~np.asarray(inside))} data do not"
                 )
         return self.kernel.as_state(x)
 

@@ -69,7 +69,7 @@ class FitResult:
 class NonFiniteLossError(FloatingPointError):
     """Training met a loss that is NaN or infinite.
 
-    :ivar result: the :class:`FitResult` as of the last dispatch whose losses were all finite; ``None`` if there was none.
+    :ivar result: the :class:`FitResult` of the last dispatch whose losses were all finite; ``None`` if there was none.
     """
 
     def __init__(self, message: str, result: FitResult | None) -> None:
@@ -153,7 +153,9 @@ def fit(
                 next_state, new = _run(diffusion, state, batch, jnp.asarray(updates), settings)
                 new_losses = np.asarray(new)[:updates]
                 seconds = time.perf_counter() - started
-                _check_finite(new_losses, done, lambda: _result(diffusion, state, losses, settings, source))
+                if not np.isfinite(new_losses).all():
+                    trained = _result(diffusion, state, losses, settings, source) if done else None
+                    raise _non_finite(new_losses, done, trained)
                 state, done = next_state, done + updates
                 losses.append(new_losses)
                 _report(bar, updates, losses)
@@ -324,15 +326,13 @@ def _check_scales(diffusion: Diffusion, data: np.ndarray) -> None:
             )
 
 
-def _check_finite(losses: np.ndarray, done: int, result: Callable[[], FitResult]) -> None:
-    if np.isfinite(losses).all():
-        return
-    update = done + int(np.argmin(np.isfinite(losses))) + 1
-    raise NonFiniteLossError(
-        f"the loss is {losses[update - done - 1]} at update {update}. Usual causes: data far from unit scale "
+def _non_finite(losses: np.ndarray, done: int, trained: FitResult | None) -> NonFiniteLossError:
+    first = int(np.argmin(np.isfinite(losses)))
+    return NonFiniteLossError(
+        f"the loss is {losses[first]} at update {done + first + 1}. Usual causes: data far from unit scale "
         "(use transform=ppd.standardize(data)), a learning rate that is too high, or a network that returned NaN or a "
         "variance <= 0. What was trained before is in this error's .result",
-        result() if done else None,
+        trained,
     )
 
 

@@ -98,7 +98,9 @@ class Kernel(Frozen):
         inside = np.asarray(self.event_support(x))
         if not inside.all():
             wrong = x[~inside].flat[0]
-            raise ValueError(f"{name} must be {_plain(self.event_support)} for a {type(self).__name__}; it holds {wrong}")
+            raise ValueError(
+                f"{name} must be {_plain(self.event_support)} for a {type(self).__name__}; it holds {wrong}"
+            )
 
     def kl(self, q: dist.Distribution, p: dist.Distribution) -> Array:
         """KL(q ‖ p) of two of the kernel's distributions, in nats, of batch shape."""
@@ -166,7 +168,7 @@ class GaussianKernel(Kernel):
         return self._normal_like(mean, mean, variance)
 
     def posterior_moments(self, x_t: Array, x_0: Array, rates: Rates) -> tuple[Array, Array]:
-        r"""Mean and variance :math:`\tilde\beta_t` of :math:`q(x_{t-1} \mid x_t, x_0)`; the variance has unit event axes."""
+        r"""Mean of :math:`q(x_{t-1} \mid x_t, x_0)`, and its variance :math:`\tilde\beta_t` with unit event axes."""
         from_x_0 = jnp.sqrt(rates.previous_alpha_bar) * rates.innovation
         mean = x_t + (self.over_events(rates.shrinkage) * x_t + self.over_events(from_x_0) * x_0)
         return mean, self.over_events(rates.previous_erased * rates.innovation)

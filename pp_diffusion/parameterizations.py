@@ -49,7 +49,8 @@ def gaussian_direct(kernel: Any, x_t: Array, rates: Rates, mean: Array, variance
 
 
 def gaussian_paper(kernel: Any, x_t: Array, rates: Rates, z_mu: Array, z_sigma: Array) -> dist.Distribution:
-    r"""Eqs. 64–65: :math:`\Sigma = \sigma(z^\Sigma + \sigma^{-1}(\beta_t))`, :math:`\mu = (x_t - z^\mu)(1-\Sigma) + z^\mu`.
+    r"""Eqs. 64–65: :math:`\Sigma = \sigma(z^\Sigma + \sigma^{-1}(\beta_t))` and
+    :math:`\mu = (x_t - z^\mu)(1-\Sigma) + z^\mu`.
 
     It represents variances in (0, 1). With :math:`z^\mu = 0` the mean is :math:`x_t(1-\beta_t)`, not the kernel's
     :math:`x_t\sqrt{1-\beta_t}`.

@@ -53,8 +53,8 @@ def samples(x: Any, data: Any = None, *, num_columns: int = 10, title: str | Non
 
 
 def trajectories(rng_key: Array, prior: DiffusionPrior, data: Any, *, num_points: int = 2000) -> Figure:
-    r"""The paper's figure 1, for data of two dimensions: slices of the forward trajectory at t = 0, T/2 and T, slices of
-    the reverse trajectory, and the drift :math:`f_\mu(x_t, t) - x_t`.
+    r"""The paper's figure 1, for data of two dimensions: slices of the forward trajectory at t = 0, T/2 and T, the same
+    of the reverse trajectory, and the drift :math:`f_\mu(x_t, t) - x_t`.
 
     In the model's space.
 

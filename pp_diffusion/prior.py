@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class DiffusionPrior(dist.Distribution):
         ((4, 3), (3,))
     """
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
     pytree_data_fields = ("diffusion", "params", "context", "log_prob_rule")
     pytree_aux_fields = ("num_timesteps", "context_batch_ndim")
 
@@ -99,12 +99,13 @@ class DiffusionPrior(dist.Distribution):
         """
         if self.log_prob_rule is None:
             raise NotImplementedError(
-                "The log density of a DiffusionPrior is an integral over trajectories, and is not estimated in silence. "
+                "a DiffusionPrior's log density is an integral over trajectories, and is not estimated in silence. "
                 "For a posterior in a model with a site numpyro.sample(name, prior), use pp_diffusion.SMC(model, ...), "
                 "or NUTS over the trajectory's noise: "
                 "numpyro.handlers.reparam(model, config={name: pp_diffusion.TrajectoryReparam()}). "
-                "For a density value, use pp_diffusion.lower_bound or make the prior with log_prob=pp_diffusion.Bound(rng_key) "
-                "(a lower bound) or log_prob=pp_diffusion.Importance(rng_key, num_trajectories)."
+                "For a density value, use pp_diffusion.lower_bound, or make the prior with "
+                "log_prob=pp_diffusion.Bound(rng_key) (a lower bound) or "
+                "log_prob=pp_diffusion.Importance(rng_key, num_trajectories)"
             )
         return self.log_prob_rule.log_prob(self, value)
 

@@ -47,7 +47,9 @@ class Network(Frozen):
         kinds = inspect.Parameter
         positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
         if len(positional) < 2 and not any(p.kind == kinds.VAR_POSITIONAL for p in parameters):
-            raise TypeError(f"network must take (x_t, t); its signature is {inspect.signature(_calls(module).function)}")
+            raise TypeError(
+                f"network must take (x_t, t); its signature is {inspect.signature(_calls(module).function)}"
+            )
         takes_any = any(p.kind == kinds.VAR_KEYWORD for p in parameters)
         named = {p.name for p in parameters}
         self._set(module=module, inputs=tuple(n for n in ("log_snr", "context") if takes_any or n in named))

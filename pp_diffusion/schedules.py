@@ -120,9 +120,9 @@ class Rates(NamedTuple):
 class Schedule(Frozen):
     """Base class of schedules.
 
-    A subclass sets ``num_timesteps`` and defines :meth:`log_snr` and, where it is trained, :meth:`init_params`; one that
-    knows its drops better than by differences of rounded numbers also overrides :meth:`rates`. Arrays that it holds
-    belong in ``data_fields``.
+    A subclass sets ``num_timesteps`` and defines :meth:`log_snr` and, where it is trained, :meth:`init_params`; one
+    that knows its drops better than by differences of rounded numbers also overrides :meth:`rates`. Arrays that it
+    holds belong in ``data_fields``.
     """
 
     num_timesteps: int
@@ -215,7 +215,7 @@ class FixedSchedule(Schedule):
 
     @classmethod
     def cosine(cls, num_timesteps: int) -> Self:
-        r""":math:`\bar\alpha_t = f(t)/f(0)` with :math:`f(t) = \cos^2(\tfrac\pi2 (t/T + s)/(1 + s))`, :math:`s = 0.008`.
+        r""":math:`\bar\alpha_t = f(t)/f(0)`, :math:`f(t) = \cos^2(\tfrac\pi2 (t/T + s)/(1 + s))`, :math:`s = 0.008`.
 
         The schedule of Nichol and Dhariwal (2021), with :math:`\beta_T = 1`.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from pp_diffusion.schedules import Rates
 class Trajectory(dist.Distribution):
     """Base of the path distributions."""
 
-    arg_constraints: dict = {}
+    arg_constraints: ClassVar[dict] = {}
     kernel: Kernel
     rates: Rates
 
@@ -267,7 +267,7 @@ def stream_log_ratios(
     keys = jax.random.split(rng_key, later.num_timesteps)
     (x_1, log_w), log_ratios = jax.lax.scan(step, (x_end, log_w), (keys, later), reverse=True)
     last = process.last(x_1).log_prob(x_0)
-    return log_w + last, jnp.concatenate([last[None], log_ratios]) if keep_steps else None
+    return log_w + last, None if log_ratios is None else jnp.concatenate([last[None], log_ratios])
 
 
 def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array) -> Array:

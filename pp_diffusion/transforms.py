@@ -69,7 +69,9 @@ def log_abs_det(transform: Transform | None, z: Array, x: Array, event_ndim: int
     return jnp.sum(jacobian, axis=tuple(range(-extra, 0))) if extra else jacobian
 
 
-def data_support(support: constraints.Constraint, transform: Transform | None, event_ndim: int) -> constraints.Constraint:
+def data_support(
+    support: constraints.Constraint, transform: Transform | None, event_ndim: int
+) -> constraints.Constraint:
     """The support in data units of an event whose model-space support is ``support``."""
     if transform is None:
         return support
@@ -79,7 +81,11 @@ def data_support(support: constraints.Constraint, transform: Transform | None, e
 
 def in_data_units(distribution: dist.Distribution, transform: Transform | None) -> dist.Distribution:
     """The law of ``transform(z)`` for z from ``distribution``."""
-    return distribution if transform is None else dist.TransformedDistribution(distribution, transform, validate_args=False)
+    return (
+        distribution
+        if transform is None
+        else dist.TransformedDistribution(distribution, transform, validate_args=False)
+    )
 
 
 def _count(mask: np.ndarray) -> int:

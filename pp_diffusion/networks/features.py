@@ -29,6 +29,7 @@ def context_features(context: Any, t: Array) -> list[Array]:
     for array in arrays:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
-                f"context must be floating for a stock network; got {array.dtype}. For labels use jax.nn.one_hot(labels, n)"
+                f"context must be floating for a stock network; got {array.dtype}. "
+                "For labels use jax.nn.one_hot(labels, n)"
             )
     return [a.reshape(*t.shape, -1) for a in arrays]

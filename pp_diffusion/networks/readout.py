@@ -30,7 +30,9 @@ class Readout(nn.Module):
     @nn.compact
     def __call__(self, features: Array, t: Array, event_shape: tuple[int, ...]) -> tuple[Array, ...]:
         if self.outputs is None or self.num_timesteps is None:
-            raise ValueError("outputs and num_timesteps are needed; ppd.Diffusion sets them, or give them to the network")
+            raise ValueError(
+                "outputs and num_timesteps are needed; ppd.Diffusion sets them, or give them to the network"
+            )
         size = 1
         for n in event_shape:
             size *= n
@@ -49,7 +51,9 @@ class Readout(nn.Module):
         else:
             raise ValueError(f"readout must be 'shared', 'per_step' or 'bumps'; got {self.kind!r}")
         parts = out.reshape(*t.shape, len(self.outputs), *event_shape)
-        return tuple(LINKS[link](parts[(..., i) + (slice(None),) * len(event_shape)]) for i, link in enumerate(self.outputs))
+        return tuple(
+            LINKS[link](parts[(..., i) + (slice(None),) * len(event_shape)]) for i, link in enumerate(self.outputs)
+        )
 
     def _bumps(self, t: Array) -> Array:
         assert self.num_timesteps is not None

@@ -160,7 +160,7 @@ class LinearReverse:
         return normal_log_prob(x, *self.moments()).sum(-1)
 
     def bound_terms(self, chain: Chain, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """-E log p(x_0 | x_1) and the expected KLs of steps 2…T, shape (*batch, T); KL(q(x_T | x_0) ‖ pi), (*batch,)."""
+        """-E log p(x_0 | x_1) and the expected KLs of steps 2…T, shape (*batch, T); and KL(q(x_T | x_0) ‖ pi)."""
         x = np.asarray(x, dtype=np.float64)[..., None, :]  # (*batch, T, d)
         alpha_bar, erased, beta = (a[:, None] for a in (chain.alpha_bar, chain.erased, chain.beta))
         before, erased_before = chain.previous_alpha_bar[:, None], chain.previous_erased[:, None]
@@ -260,6 +260,18 @@ def word_probs(probs: np.ndarray) -> np.ndarray:
     return np.where(w == 1, probs[..., None, :], 1 - probs[..., None, :]).prod(-1)
 
 
+class Table(nn.Module):
+    """A network for ``parameterization="direct"`` that looks its answer up; the table, (T, 2^d, d), is its parameter."""
+
+    num_timesteps: int | None = None  # Diffusion sets it
+
+    @nn.compact
+    def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        num_bits = x_t.shape[-1]
+        table = self.param("table", nn.initializers.zeros, (self.num_timesteps, 2**num_bits, num_bits))
+        return table[t - 1, (x_t.astype(int) * 2 ** np.arange(num_bits)[::-1]).sum(-1)]
+
+
 @dataclass(frozen=True)
 class BinaryChain:
     """A forward chain of bit flips and a table of reverse probabilities f_b, shape (T, 2^d, d)."""
@@ -276,15 +288,6 @@ class BinaryChain:
     @property
     def num_bits(self) -> int:
         return len(self.base)
-
-    def network(self) -> Callable[..., Any]:
-        """The table as a network for ``parameterization="direct"``."""
-        place = 2 ** np.arange(self.num_bits)[::-1]
-
-        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return jnp.asarray(self.table, x_t.dtype)[t - 1, (x_t.astype(int) * place).sum(-1)]
-
-        return network
 
     @property
     def stationary(self) -> np.ndarray:

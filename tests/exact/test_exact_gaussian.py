@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-import pp_diffusion as ppd
+import oracles
 import pytest
+from oracles import Chain, GaussianData, Z, enable_x64
 from scipy.stats import ks_2samp
 
-import oracles
-from oracles import Chain, GaussianData, Z, enable_x64
+import pp_diffusion as ppd
 
 DATA = GaussianData(np.array([0.8, -1.5, 0.1]), np.array([0.4, 1.6, 0.9]))
 NARROW = GaussianData(np.array([0.6, -0.9, 0.1]), np.array([0.4, 0.7, 0.9]))  # variances < 1, as "paper" needs

@@ -1,9 +1,8 @@
 """The oracles themselves, against independent arithmetic."""
 
 import numpy as np
-import pytest
-
 import oracles
+import pytest
 
 
 @pytest.mark.parametrize("schedule", [oracles.log_linear, oracles.constant_erasure, oracles.cosine])

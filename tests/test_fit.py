@@ -1,0 +1,232 @@
+"""Training: what it returns, in which forms it takes data, and how it fails."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+
+import pp_diffusion as ppd
+from pp_diffusion import Diffusion, FixedSchedule, GaussianKernel
+
+# the module, which the function of its name hides as an attribute
+fit_module = __import__("sys").modules["pp_diffusion.fit"]
+
+DATA = jax.random.normal(jax.random.key(0), (300, 2)) @ jnp.array([[1.0, 0.5], [0.0, 0.8]])
+
+
+def small(**settings):
+    return Diffusion(GaussianKernel((2,)), FixedSchedule.log_linear(8, 1e-2), ppd.networks.MLP((8,)), **settings)
+
+
+def fit(data=DATA, diffusion=None, num_steps=30, **settings):
+    settings = {"progress_bar": False, "batch_size": 32, **settings}
+    return ppd.fit(
+        jax.random.key(1), small() if diffusion is None else diffusion, data, num_steps=num_steps, **settings
+    )
+
+
+def test_it_learns_and_the_figure_is_that_of_the_returned_parameters():
+    result = fit(num_steps=1500, batch_size=128)
+    bound = ppd.lower_bound(jax.random.key(2), result.prior, DATA).value.mean()
+    start = ppd.lower_bound(jax.random.key(2), small().prior(small().init_params(jax.random.key(1))), DATA).value.mean()
+    assert bound > start + 0.1
+    # correlated normal data: the exact entropy is known, and K cannot be above it by more than its noise
+    cov = np.array([[1.0, 0.5], [0.0, 0.8]]).T @ np.array([[1.0, 0.5], [0.0, 0.8]])
+    exact = -0.5 * np.linalg.slogdet(2 * np.pi * np.e * cov)[1]
+    assert exact - 0.25 < bound < exact + 0.15
+
+
+def test_same_key_same_result_and_pieces_join():
+    whole = fit(num_steps=24, optimizer=optax.adam(1e-3))
+    again = fit(num_steps=24, optimizer=optax.adam(1e-3))
+    np.testing.assert_array_equal(whole.losses, again.losses)
+    first = fit(num_steps=10, optimizer=optax.adam(1e-3))
+    second = fit(num_steps=14, optimizer=optax.adam(1e-3), state=first.state)
+    np.testing.assert_allclose(np.concatenate([first.losses, second.losses]), whole.losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), second.params, whole.params)
+
+
+def test_it_is_svi_on_the_bound_pair():
+    """The same updates, written out in plain NumPyro."""
+    diffusion, optimizer = small(), optax.adam(1e-3)
+    result = fit(diffusion=diffusion, num_steps=12, optimizer=optimizer, average=None, batch_size=300)
+    svi = SVI(handlers.scale(diffusion.bound_model, scale=1 / 300), diffusion.bound_guide, optimizer, Trace_ELBO())
+    init_key, _ = jax.random.split(jax.random.key(1))
+    state = svi.init(init_key, DATA[:1])
+    losses = []
+    for _ in range(12):
+        state, loss = svi.update(state, DATA)
+        losses.append(loss)
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result.params, svi.get_params(state))
+
+
+def test_losses_are_minus_the_bound_per_datum():
+    diffusion = small()
+    params = diffusion.init_params(jax.random.key(0))
+    result = fit(diffusion=diffusion, num_steps=400, batch_size=300, optimizer=optax.sgd(0.0), average=None)
+    value = ppd.lower_bound(jax.random.key(2), diffusion.prior(params), DATA, num_samples=50).value.mean()
+    error = result.losses.std() / np.sqrt(result.losses.size)
+    assert abs(-result.losses.mean() - value) < 4.5 * error + 0.01
+
+
+def test_average_of_parameters_forgets_the_first_ones():
+    """Short runs: the average is near the end of training, not near the start."""
+    optimizer = optax.sgd(1e-2)
+    start = small().init_params(jax.random.key(5))
+    averaged = fit(num_steps=200, optimizer=optimizer, average=0.999).params
+    last = fit(num_steps=200, optimizer=optimizer, average=None).params
+
+    def distance(a, b):
+        return float(optax.global_norm(jax.tree.map(jnp.subtract, a, b)))
+
+    init = fit(num_steps=1, optimizer=optax.sgd(0.0), average=None).params
+    assert distance(averaged, last) < 0.35 * distance(init, last)
+    assert jax.tree.structure(start) == jax.tree.structure(averaged)
+
+
+def test_constant_parameters_average_to_themselves():
+    init = fit(num_steps=1, optimizer=optax.sgd(0.0), average=None).params
+    averaged = fit(num_steps=57, optimizer=optax.sgd(0.0), average=0.999).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), init, averaged)
+
+
+def test_all_forms_of_data_learn_the_same_density():
+    def draw(key):
+        return jax.random.normal(key, (32, 2)) @ jnp.array([[1.0, 0.5], [0.0, 0.8]])
+
+    batches = [np.asarray(DATA[i : i + 32]) for i in range(0, 288, 32)]
+    settings = {"num_steps": 600, "optimizer": optax.adam(3e-3)}
+    values = [
+        ppd.lower_bound(jax.random.key(2), fit(data, **settings).prior, DATA, num_samples=8).value.mean()
+        for data in (DATA, draw, batches)
+    ]
+    assert max(values) - min(values) < 0.1
+
+
+def test_iterables():
+    batches = [np.asarray(DATA[:32]), np.asarray(DATA[32:64]), np.asarray(DATA[64:80])]  # the last one is short
+    assert len(fit(batches, num_steps=20).losses) == 20
+    endless = (np.asarray(DATA[:16]) for _ in itertools.count())
+    assert len(fit(endless, num_steps=25).losses) == 25
+    with pytest.raises(ValueError, match="data ran out after 3 batches"):
+        fit(iter(batches), num_steps=10)
+    assert len(fit(iter(batches), num_steps=3).losses) == 3
+    with pytest.raises(ValueError, match="data must yield at least one batch"):
+        fit(iter([]), num_steps=3)
+    with pytest.raises(ValueError, match=r"batch 2.*must be finite"):
+        fit([batches[0], np.full((4, 2), np.nan)], num_steps=10)
+
+
+def test_context_goes_with_its_rows():
+    """Two classes at ±2: only a model that is given the label can tell them apart."""
+    labels = jnp.arange(400) % 2
+    x = jax.random.normal(jax.random.key(0), (400, 2)) * 0.5 + (2.0 * labels - 1)[:, None] * 2
+    context = jax.nn.one_hot(labels, 2)
+    diffusion = small(transform=ppd.standardize(x))
+
+    def draw(key):
+        rows = jax.random.randint(key, (64,), 0, 400)
+        return x[rows], context[rows]
+
+    for data, given in ((x, context), (draw, None)):
+        result = fit(data, diffusion=diffusion, num_steps=800, batch_size=64, context=given)
+        with pytest.raises(ValueError, match="context is needed"):
+            _ = result.prior
+        prior = diffusion.prior(result.params, context=jnp.eye(2))
+        means = prior.sample(jax.random.key(3), (400,)).mean(0)
+        np.testing.assert_allclose(means, [[-2, -2], [2, 2]], atol=0.35)
+
+
+def test_no_recompilation_per_call():
+    optimizer = optax.adam(1e-3)
+    fit(num_steps=30, optimizer=optimizer)
+    compiled = fit_module._run._cache_size()
+    for steps, shift in ((30, 0.5), (77, -0.5)):  # other data, other lengths, a diffusion built anew
+        fit(DATA + shift, num_steps=steps, optimizer=optimizer)
+    assert fit_module._run._cache_size() == compiled
+
+
+def test_non_finite_loss_is_an_error_that_keeps_what_was_trained():
+    with pytest.raises(ppd.NonFiniteLossError, match=r"the loss is nan at update 1\b"):
+        fit(
+            diffusion=Diffusion(
+                GaussianKernel((2,)), FixedSchedule.log_linear(5), lambda x_t, t: (x_t, jnp.log(-1 - x_t**2))
+            )
+        )
+
+    with pytest.raises(ppd.NonFiniteLossError, match="at update") as caught:
+        fit(num_steps=400, optimizer=optax.sgd(optax.piecewise_constant_schedule(1e-3, {100: 1e30})))
+    result = caught.value.result
+    assert 1 <= len(result.losses) <= 102
+    assert np.isfinite(result.losses).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+
+
+def test_far_scales_warn_with_the_columns():
+    data = DATA * jnp.array([1.0, 50.0])
+    with pytest.warns(UserWarning, match=r"far from unit scale in column 1, and no transform"):
+        fit(data, num_steps=1)
+    fit(data, diffusion=small(transform=ppd.standardize(data)), num_steps=1)  # no warning: those are errors here
+
+
+def test_progress_bar_shows_the_bound(capsys):
+    fit(num_steps=20, progress_bar=True)
+    shown = capsys.readouterr().err
+    assert "nats" in shown
+    assert "bits" in shown
+    assert "update/s" in shown
+    fit(num_steps=20)
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupt_returns_what_was_trained():
+    """A real SIGINT, as Ctrl-C sends it."""
+
+    def interrupt():
+        time.sleep(4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.warns(UserWarning, match="interrupted: returning the parameters after"):
+        result = fit(num_steps=50_000_000)
+    assert 0 < len(result.losses) < 50_000_000
+    assert result.prior.sample(jax.random.key(0)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_times": 1.5}, "num_times"),
+        ({"average": 1.0}, "average"),
+        ({"objective": "mse"}, "objective"),
+        ({"context": jnp.ones(7)}, "context"),
+        ({"data": jnp.ones((0, 2))}, "data"),
+        ({"data": jnp.ones(2)}, "data must have shape"),
+        ({"data": DATA.at[3, 1].set(jnp.nan)}, "data must be finite.*no bound"),
+        ({"data": DATA.at[:, 1].set(1.0)}, "constant: column 1"),
+        ({"data": lambda key: jnp.ones((3, 5))}, r"data\(rng_key\)"),
+        ({"data": (lambda key: DATA), "context": jnp.ones(300)}, "context"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_compiles(settings, message):
+    compiled = fit_module._run._cache_size()
+    with pytest.raises(ValueError, match=message):
+        fit(**settings)
+    assert fit_module._run._cache_size() == compiled
+
+
+def test_data_of_no_known_form():
+    with pytest.raises(TypeError, match="data must be an array, an iterable of batches or a function"):
+        fit(3.0)

@@ -1,0 +1,97 @@
+"""The model scripts: short, self-contained, and of the same densities as Diffusion."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro import handlers
+from numpyro.infer import Predictive
+from numpyro.infer.util import compute_log_probs
+
+import pp_diffusion as ppd
+from models import digits, heartbeat, swiss_roll
+
+SCRIPTS = {"swiss_roll": swiss_roll, "heartbeat": heartbeat, "digits": digits}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_is_short_and_imports_little(name):
+    source = Path(SCRIPTS[name].__file__).read_text()
+    assert len(source.splitlines()) < 80
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported <= {"jax", "numpyro", "flax", "pp_diffusion", "functools"}
+    assert '__name__ == "__main__"' in source
+
+
+def roll_case():
+    roll = ppd.datasets.swiss_roll(jax.random.key(0), 3, 1).train
+    units = ppd.standardize(roll)
+    return swiss_roll.diffusion(units), roll, {"loc": units.loc, "scale": units.scale}
+
+
+def heartbeat_case():
+    return heartbeat.diffusion(), ppd.datasets.heartbeat(jax.random.key(0), 3, 1).train, {}
+
+
+def digits_case():
+    images = ppd.datasets.dequantize(jax.random.key(1), ppd.datasets.digits(jax.random.key(0)).train[:3])
+    units = ppd.standardize(images)
+    return digits.diffusion(units), images, {"loc": units.loc, "scale": units.scale}
+
+
+CASES = {"swiss_roll": roll_case, "heartbeat": heartbeat_case, "digits": digits_case}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_script_has_the_densities_of_diffusion(name):
+    script, (diffusion, x, units) = SCRIPTS[name], CASES[name]()
+    params = jax.tree.map(
+        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape),
+        diffusion.init_params(jax.random.key(0)),
+    )
+
+    def log_probs(program, **settings):
+        values = {"path": path, **params}
+        return compute_log_probs(handlers.seed(program, 1), (x,), settings, values, sum_log_prob=False)[0]
+
+    guided = handlers.substitute(handlers.seed(script.guide, jax.random.key(2)), data=params)
+    path = handlers.trace(guided).get_trace(x, **units)["path"]["value"]
+    for ours, theirs in ((diffusion.model, script.model), (diffusion.guide, script.guide)):
+        expected, written_out = log_probs(ours), log_probs(theirs, **units)
+        assert expected.keys() == written_out.keys()
+        for site in expected:
+            assert bool(jnp.isfinite(expected[site]).all())
+            np.testing.assert_allclose(written_out[site], expected[site], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_script_generates(name):
+    diffusion, x, units = CASES[name]()
+    params = diffusion.init_params(jax.random.key(0))
+    drawn = Predictive(SCRIPTS[name].model, params=params, num_samples=1, return_sites=["x"])(
+        jax.random.key(1), **units
+    )
+    assert drawn["x"].shape[2:] == x.shape[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs_as_a_copy(name, tmp_path):
+    copy = tmp_path / "mine.py"
+    copy.write_text(Path(SCRIPTS[name].__file__).read_text())
+    done = subprocess.run(
+        [sys.executable, copy], capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "K by the program above" in done.stdout

@@ -1,0 +1,29 @@
+"""The README's scripts run as they stand, with fewer updates."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_scripts_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 5
+    script = "\n".join(blocks).replace("4_000", "20").replace("50_000", "500, 100").replace("constant_erasure(2000)", "constant_erasure(20)")
+    script = script.replace("progress_bar=True", "progress_bar=False")
+    scope: dict = {}
+    exec(compile(script, "README.md", "exec"), scope)
+    assert scope["x"].shape == (1000, 2)
+    assert scope["simulated"]["y"].shape == (100, 10)
+    assert scope["samples"].shape == (100, 2)
+    assert "K - L_null" in capsys.readouterr().out
+
+
+def test_every_public_name_is_real():
+    import pp_diffusion as ppd
+
+    for name in re.findall(r"ppd\.(\w+(?:\.\w+)?)", README):
+        target = ppd
+        for part in name.split("."):
+            target = getattr(target, part)
