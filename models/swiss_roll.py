@@ -15,7 +15,7 @@ T = 40
 kernel = ppd.GaussianKernel(event_shape=(2,))
 schedule = ppd.LearnedSchedule(num_timesteps=T, first_beta=3e-4)
 # f_mu and f_Sigma by v-prediction: the outputs are v and the log of a variance ratio
-network = ppd.networks.MLP((128, 128, 128), num_frequencies=3, num_timesteps=T, outputs=("real", "real"))
+network = ppd.networks.MLP((128, 128, 128), num_timesteps=T, outputs=("real", "real"))
 params = {"network": "diffusion.network$params", "schedule": "diffusion.schedule$params"}
 
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -136,12 +136,13 @@ def fit(
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     if average is not None and not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
-    optimizer = _default_optimizer(int(num_steps)) if optimizer is None else optimizer
     source = _source(diffusion, data, context, batch_size, rng_key)
     settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw)
     init_key, rng_key = jax.random.split(rng_key)
     if state is None:
         state = _init(diffusion, source.example, init_key, settings)
+
+    last_step = state.step + num_steps
 
     losses: list[np.ndarray] = []
     with tqdm(total=num_steps, disable=not progress_bar, desc="fit", unit="update") as bar:
@@ -149,8 +150,11 @@ def fit(
         try:
             while done < num_steps:
                 batch, updates = source.take(min(updates, num_steps - done))
+                if not updates:
+                    warnings.warn(f"data ran out after {done} of {num_steps} updates", stacklevel=2)
+                    break
                 started = time.perf_counter()
-                next_state, new = _run(diffusion, state, batch, jnp.asarray(updates), settings)
+                next_state, new = _run(diffusion, state, batch, jnp.asarray(updates), last_step, settings)
                 new_losses = np.asarray(new)[:updates]
                 seconds = time.perf_counter() - started
                 if not np.isfinite(new_losses).all():
@@ -170,24 +174,24 @@ def fit(
 class _Settings(NamedTuple):
     """The static part of training; one compilation for each."""
 
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | None
     batch_size: int | None
     num_times: int
     average: float | None
     draw: Callable[[Array], Any] | None
 
 
-@lru_cache(maxsize=64)
-def _default_optimizer(num_steps: int) -> optax.GradientTransformation:
-    warm_up = min(500, max(1, num_steps // 20))
-    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warm_up, max(num_steps, warm_up + 1))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+def _default_optimizer(num_steps: Array) -> optax.GradientTransformation:
+    """Adam with warm-up and cosine decay over ``num_steps``, which may be traced."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=50, decay_steps=1000)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda step: shape(step * 1000 / num_steps)))
 
 
-def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int) -> SVI:
+def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int, num_steps: Array | int = 1) -> SVI:
     # per datum, so that losses, clipping and learning rates mean the same for any N
     model = handlers.scale(diffusion.bound_model, scale=1 / num_rows)
-    return SVI(model, diffusion.bound_guide, settings.optimizer, Trace_ELBO())
+    optimizer = settings.optimizer or _default_optimizer(num_steps)
+    return SVI(model, diffusion.bound_guide, optimizer, Trace_ELBO())
 
 
 @partial(jax.jit, static_argnums=3)
@@ -198,9 +202,9 @@ def _init(diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settin
     return FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
 
 
-@partial(jax.jit, static_argnums=4)
+@partial(jax.jit, static_argnums=5)
 def _run(
-    diffusion: Diffusion, state: FitState, data: Any, updates: Array, settings: _Settings
+    diffusion: Diffusion, state: FitState, data: Any, updates: Array, last_step: Array, settings: _Settings
 ) -> tuple[FitState, Array]:
     """``updates`` updates (a traced number, so that one compilation serves all) and their losses."""
 
@@ -214,7 +218,7 @@ def _run(
             x, context = jax.tree.map(lambda a: a[i], data)
         else:
             x, context = data
-        svi = _svi(diffusion, settings, len(x))
+        svi = _svi(diffusion, settings, len(x), last_step)
         svi.init(jax.random.key(0), x[:1], context=jax.tree.map(lambda c: c[:1], context))  # fills in its constraints
         svi_state, loss = svi.update(
             svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
@@ -261,7 +265,9 @@ def _source(diffusion: Diffusion, data: Any, context: Any, batch_size: int, rng_
     if context is not None:
         raise ValueError("context must be None where data is an iterable: let it yield pairs (x, context)")
     batches = _checked_batches(diffusion, data)
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("data must yield at least one batch; it yielded none")
     batches = itertools.chain([first], batches)
     return _Source(jax.tree.map(lambda a: a[:1], first), _Stacker(batches), None, None)
 
@@ -271,35 +277,35 @@ class _Stacker:
 
     def __init__(self, batches: Iterator[tuple[Any, Any]]) -> None:
         self.batches = batches
-        self.ahead = next(batches)
 
     def __call__(self, most: int) -> tuple[Any, int]:
         # a power of two, so that few shapes are compiled
         most = 2 ** (min(most, 64).bit_length() - 1)
-        shapes = jax.tree.map(jnp.shape, self.ahead)
-        stack = [self.ahead]
-        self.ahead = next(self.batches)
-        while len(stack) < most and jax.tree.map(jnp.shape, self.ahead) == shapes:
-            stack.append(self.ahead)
-            self.ahead = next(self.batches)
+        stack: list[Any] = []
+        for batch in self.batches:
+            if stack and jax.tree.map(jnp.shape, batch) != jax.tree.map(jnp.shape, stack[0]):
+                self.batches = itertools.chain([batch], self.batches)
+                break
+            stack.append(batch)
+            if len(stack) == most:
+                break
+        if not stack:
+            return None, 0
         length = 2 ** (len(stack) - 1).bit_length()  # a short stack is padded; the rest is not used
         padded = stack + [stack[-1]] * (length - len(stack))
         return jax.tree.map(lambda *a: jnp.stack(a), *padded), len(stack)
 
 
 def _checked_batches(diffusion: Diffusion, data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The batches, checked, over and over."""
-    one_pass = iter(data) is data
+    """The batches, checked; over and over, where they can be read again."""
     while True:
         count = 0
         for count, batch in enumerate(data, 1):
             yield _check_batch(diffusion, *_pair(batch), f"data: batch {count}")
-        if count == 0:
+        if iter(data) is data:
+            return
+        if not count:
             raise ValueError("data must yield at least one batch; it yielded none")
-        if one_pass:
-            raise ValueError(
-                f"data ran out after {count} batches; give a longer iterator, or an iterable that can be read again"
-            )
 
 
 def _check_batch(diffusion: Diffusion, x: Any, context: Any, name: str) -> tuple[Any, Any]:

@@ -158,7 +158,7 @@ def test_learned_schedule_for_any_parameters(shares, fall, first_beta, fixed_end
     rates = schedule.rates(params)
     np.testing.assert_allclose(rates.beta[0], first_beta, rtol=1e-5)
     assert (rates.drop[1:] > 0).all() and (np.diff(rates.log_snr) <= 0).all()
-    assert ((rates.beta > 0) & (rates.beta < 1)).all()
+    assert ((rates.beta > 0) & (rates.beta <= 1)).all()
     np.testing.assert_allclose(rates.log_snr[0] - rates.log_snr[-1], rates.drop[1:].sum(), rtol=1e-4)
     if fixed_end:
         np.testing.assert_allclose(rates.log_snr[-1], -9.0, rtol=1e-5)

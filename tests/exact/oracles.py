@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,10 @@ import numpy as np
 from scipy.special import expit, logsumexp
 
 Z = 4.5  # two-sided Gaussian tail 6.8e-6: the error rate of one statistical assertion, on fixed keys
+
+
+# for functions that run once and briefly: compiling them costs more than running them
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def enable_x64() -> Any:
@@ -261,7 +266,7 @@ def word_probs(probs: np.ndarray) -> np.ndarray:
 
 
 class Table(nn.Module):
-    """A network for ``parameterization="direct"`` that looks its answer up; the table, (T, 2^d, d), is its parameter."""
+    """A network for ``parameterization="direct"`` that looks its answer up in its parameter, a table (T, 2^d, d)."""
 
     num_timesteps: int | None = None  # Diffusion sets it
 
@@ -269,7 +274,7 @@ class Table(nn.Module):
     def __call__(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         num_bits = x_t.shape[-1]
         table = self.param("table", nn.initializers.zeros, (self.num_timesteps, 2**num_bits, num_bits))
-        return table[t - 1, (x_t.astype(int) * 2 ** np.arange(num_bits)[::-1]).sum(-1)]
+        return jnp.asarray(table)[t - 1, (x_t.astype(int) * 2 ** np.arange(num_bits)[::-1]).sum(-1)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from oracles import BinaryChain, Table, Z, enable_x64, from_betas, words, z_score
+from oracles import BinaryChain, Table, Z, enable_x64, from_betas, quick_jit, words, z_score
 from scipy.stats import chisquare, ks_2samp
 
 import pp_diffusion as ppd
@@ -42,7 +42,7 @@ def make(last_step="network", last_beta=0.7):
     return diffusion, {diffusion.network_site: {"table": exact.table}}, exact
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(quick_jit, static_argnums=2)
 def streamed_weights(process, key, num):
     return ppd.log_weight(key, process, jnp.broadcast_to(jnp.asarray(WORDS, dtype=float), (num, 8, 3)))
 
@@ -53,7 +53,7 @@ def streamed_weights(process, key, num):
 def test_kernel_distributions_are_those_of_the_transfer_matrices():
     """transition, marginal, posterior: all states, all steps, beta_T < 1 and = 1."""
 
-    @jax.jit
+    @quick_jit
     def log_probs(rates, kernel):
         states = jnp.asarray(WORDS)
         end = states[None, :]
@@ -79,31 +79,36 @@ def test_kernel_distributions_are_those_of_the_transfer_matrices():
     np.testing.assert_allclose(exact.marginal(5), np.tile(exact.stationary, (8, 1)), rtol=1e-12)
 
 
-@cases
-def test_closed_forms_of_the_kernel_are_the_enumerated_sums(last_step, last_beta):
-    diffusion, params, exact = make(last_step, last_beta)
+@quick_jit
+def closed_forms(process):
+    kernel, rates, states = process.kernel, process.rates, jnp.asarray(WORDS, dtype=float)
+    kls = []
+    for t in range(2, 6):
+        at = rates.at(t - 1)
+        q = kernel.posterior(states[None, :], states[:, None], at)
+        kls.append(kernel.kl(q, process(jnp.broadcast_to(states, (8, 8, 3)), at)))
+    last = kernel.expected_last_step(jax.random.key(0), states, rates.at(0))
+    return kernel.prior_kl(states, rates.at(-1).log_snr), last, kernel.null_log_prob(states), kls
+
+
+@pytest.mark.parametrize("last_beta", [0.7, 1.0])
+def test_closed_forms_of_the_kernel_are_the_enumerated_sums(last_beta):
+    diffusion, params, exact = make("network", last_beta)
     with enable_x64():
-        kernel, states = ppd.BinomialKernel((3,), BASE), jnp.asarray(WORDS)
-        rates = diffusion.schedule.rates()
-        np.testing.assert_allclose(kernel.prior_kl(states, rates.at(-1).log_snr), exact.prior_kl, rtol=1e-9, atol=1e-12)
-        last = (exact.marginal(1) * np.log(exact.forward(1)).T).sum(1)
-        found = kernel.expected_last_step(jax.random.key(0), states, rates.at(0))
-        np.testing.assert_allclose(found, last, rtol=1e-9)
-        np.testing.assert_allclose(kernel.null_log_prob(states), np.log(exact.stationary), rtol=1e-9)
-        process = diffusion.prior(params).process
-        for t in range(2, 6):
-            at = rates.at(t - 1)
-            q = kernel.posterior(states[None, :], states[:, None], at)
-            found = kernel.kl(q, process(jnp.broadcast_to(states, (8, 8, 3)), at))
-            q, p = exact.posterior(t), exact.reverse(t)
-            np.testing.assert_allclose(found, (q * (np.log(q) - np.log(p))).sum(-1), rtol=1e-8)
+        prior_kl, last, null, kls = closed_forms(diffusion.prior(params).process)
+    np.testing.assert_allclose(prior_kl, exact.prior_kl, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(last, (exact.marginal(1) * np.log(exact.forward(1)).T).sum(1), rtol=1e-9)
+    np.testing.assert_allclose(null, np.log(exact.stationary), rtol=1e-9)
+    for t, kl in zip(range(2, 6), kls, strict=True):
+        q, p = exact.posterior(t), exact.reverse(t)
+        np.testing.assert_allclose(kl, (q * (np.log(q) - np.log(p))).sum(-1), rtol=1e-8)
 
 
 @pytest.mark.parametrize("last_beta", [0.7, 1.0])
 def test_both_orders_of_the_forward_trajectory_agree(last_beta):
     _, _, exact = make("network", last_beta)
 
-    @jax.jit
+    @quick_jit
     def scores(kernel, rates, x_0):
         forward, posterior = (q(kernel, rates, x_0) for q in (ppd.ForwardTrajectory, ppd.PosteriorTrajectory))
         path = forward.sample(jax.random.key(3), (50,))
@@ -126,10 +131,10 @@ def test_paths_have_the_law_of_the_matrices_at_every_step():
     laws = np.stack([exact.marginal(t) for t in range(1, 6)], 1)  # (x_0, t, x_t)
     for trajectory in (ppd.ForwardTrajectory, ppd.PosteriorTrajectory):
         q = trajectory(kernel, process.rates, jnp.asarray(WORDS))
-        path = np.asarray(jax.jit(q.sample, static_argnums=1)(jax.random.key(4), (3000,)))
+        path = np.asarray(quick_jit(q.sample, static_argnums=1)(jax.random.key(4), (3000,)))
         check_frequencies(path, laws)
     reverse = ppd.ReverseTrajectory(kernel, process.rates, process)
-    path = np.asarray(jax.jit(reverse.sample, static_argnums=1)(jax.random.key(5), (20_000,)))
+    path = np.asarray(quick_jit(reverse.sample, static_argnums=1)(jax.random.key(5), (20_000,)))
     law, laws = exact.stationary, []
     for t in range(5, 0, -1):
         laws.insert(0, law)
@@ -164,7 +169,7 @@ def test_streaming_weights_have_the_law_of_path_weights():
     """Two-sample Kolmogorov-Smirnov per word, p > 1e-5 (conservative: there are ties)."""
     diffusion, params, exact = make("kernel", 0.7)
 
-    @jax.jit
+    @quick_jit
     def by_path(process, x):
         q = ppd.ForwardTrajectory(process.kernel, process.rates, x)
         p = ppd.ReverseTrajectory(process.kernel, process.rates, process)
@@ -231,7 +236,7 @@ def test_the_bound_programs_average_to_k(elbo, last_step, num_times, batch_size)
     settings = {"num_times": num_times, "batch_size": batch_size}
     rows = np.array([0, 1, 2, 3, 4, 5, 6, 7, 7, 1])
 
-    @jax.jit
+    @quick_jit
     @jax.vmap
     def loss(key):
         return elbo().loss(key, params, diffusion.bound_model, diffusion.bound_guide, WORDS[rows], **settings)
@@ -246,7 +251,7 @@ def test_the_trajectory_programs_average_to_k(order):
     diffusion, params, exact = make("network", 0.7)
     guide, elbo = partial(diffusion.guide, order=order), TraceGraph_ELBO()
 
-    @jax.jit
+    @quick_jit
     @jax.vmap
     def loss(key):
         return elbo.loss(key, params, diffusion.model, guide, WORDS)
@@ -303,5 +308,5 @@ def test_the_optimal_process_of_independent_bits_is_exact():
             diffusion = ppd.Diffusion(
                 ppd.BinomialKernel((3,), BASE), ppd.FixedSchedule(betas), network, last_step="network"
             )
-            weights = np.asarray(streamed_weights(diffusion.prior(params).process, jax.random.key(14), 200))
+            weights = np.asarray(streamed_weights(diffusion.prior({}).process, jax.random.key(14), 200))
         np.testing.assert_allclose(weights, np.tile(exact, (200, 1)), atol=tolerance)

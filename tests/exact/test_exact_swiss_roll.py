@@ -13,25 +13,20 @@ from pp_diffusion.datasets.swiss_roll import swiss_roll_log_prob
 
 @pytest.mark.parametrize("noise", [0.5, 1.5])
 def test_the_density_integrates_to_one_with_the_samples_moments(noise):
-    """By the midpoint rule; mean and covariance of 50 000 draws within 4.5 standard errors of the grid's."""
-    axis = np.linspace(-24, 24, 321) + 0.075
+    """By the midpoint rule; first and second moments of 50 000 draws within 4.5 standard errors of the grid's."""
+    axis = np.linspace(-22, 22, 177) + 0.06  # the density is smooth on the scale of the noise
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1)
     density = np.exp(np.asarray(swiss_roll_log_prob(grid, noise), dtype=np.float64)) * (axis[1] - axis[0]) ** 2
     np.testing.assert_allclose(density.sum(), 1, atol=1e-4)
     x = np.asarray(ppd.datasets.swiss_roll(jax.random.key(0), 50_000, 10, noise=noise).train, dtype=np.float64)
-    for statistic in (
-        lambda a: a[..., 0],
-        lambda a: a[..., 1],
-        lambda a: a[..., 0] * a[..., 1],
-        lambda a: a[..., 0] ** 2,
-    ):
-        values = statistic(x)
+    for i, j in ((1, 0), (0, 1), (1, 1), (2, 0), (0, 2)):  # E x^i y^j
+        values = x[:, 0] ** i * x[:, 1] ** j
         error = values.std() / np.sqrt(len(values))
-        assert abs(values.mean() - (density * statistic(grid)).sum()) < 4.5 * error
+        assert abs(values.mean() - (density * grid[..., 0] ** i * grid[..., 1] ** j).sum()) < 4.5 * error
 
 
 def test_the_density_against_an_integral_by_other_means():
-    """A sum over a million angles, in float64, also away from the roll."""
+    """A sum over 200 000 angles, in float64, also away from the roll."""
     u = (np.arange(200_000) + 0.5) / 200_000
     angle = 1.5 * np.pi * (1 + 2 * u)
     spiral = np.stack([angle * np.cos(angle), angle * np.sin(angle)], -1)

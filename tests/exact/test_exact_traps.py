@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from numpyro.infer import Trace_ELBO
 from oracles import Chain, GaussianData
 
 import pp_diffusion as ppd
@@ -68,21 +69,20 @@ def test_the_bound_holds_off_unit_mean_square_where_eq_14_as_printed_does_not():
     )
 
 
-@pytest.mark.parametrize("num_timesteps", [2, 3, 20])
+@pytest.mark.parametrize("num_timesteps", [2, 5])
 def test_all_of_the_steps_count_once(num_timesteps):
     """The reference code scales the mean over T-1 steps by T. With the exact process and one step drawn per datum
-    the average bound is log p, whatever T; off by T/(T-1) it would be far away. |z| < 4.5 over 40 000 draws."""
+    the average bound is log p, whatever T; off by T/(T-1) it would be far away. |z| < 4.5 over 20 000
+    draws of two data."""
     schedule, chain = ppd.FixedSchedule.constant_erasure(num_timesteps), Chain(oracles.constant_erasure(num_timesteps))
     data = GaussianData(np.array([0.4]), np.array([0.7]))
     model = data.exact_reverse(chain).with_kernel_last_step(chain)
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((1,)), schedule, data.exact_reverse(chain).network(), parameterization="direct"
     )
-    from numpyro.infer import Trace_ELBO
-
     x = np.array([[1.3], [-0.6]])
 
-    @jax.jit
+    @oracles.quick_jit
     @jax.vmap
     def loss(key):
         return Trace_ELBO().loss(key, {}, diffusion.bound_model, diffusion.bound_guide, x)
@@ -92,7 +92,7 @@ def test_all_of_the_steps_count_once(num_timesteps):
     assert abs(oracles.z_score(values, exact.sum())) < oracles.Z
     # the test has power: the steps' share is many errors large
     steps = model.bound_terms(chain, x)[0][:, 1:].sum()
-    assert steps / num_timesteps > 10 * values.std() / np.sqrt(len(values))
+    assert steps / num_timesteps > 6 * values.std() / np.sqrt(len(values))
 
 
 def test_bits_per_dimension_counts_the_colours():
@@ -126,7 +126,7 @@ def test_beta_1_is_not_learned_and_the_others_are():
     first, then = np.asarray(schedule.betas(init)), np.asarray(schedule.betas(moved))
     np.testing.assert_allclose([first[0], then[0]], 0.03, rtol=1e-5)
     assert (np.abs(then[1:] / first[1:] - 1) > 1e-3).all()
-    slope = jax.jacobian(lambda p: schedule.betas(p))(init)
+    slope = jax.jit(jax.jacobian(schedule.betas))(init)
     assert all(np.abs(leaf[0]).max() < 1e-7 for leaf in jax.tree.leaves(slope))
 
 
