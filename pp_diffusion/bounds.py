@@ -32,7 +32,7 @@ class LowerBound:
     :ivar null: :math:`\log \pi`, the paper's L_null per datum, in data units.
     :ivar kl_per_step: shape ``(*batch, T)``; entry 0 is :math:`-E \log p(x_0 \mid x_1)`.
     :ivar prior_kl: KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`).
-    :ivar log_abs_det: log |dx/dz| of the transform.
+    :ivar log_abs_det: the log Jacobian of the transform from the model's space to the data's.
     """
 
     value: Array

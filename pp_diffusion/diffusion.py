@@ -321,9 +321,12 @@ class Diffusion(Frozen):
         :raises ValueError: if parameters are missing.
         """
         if params is None:
-            params = self._param_sites(context, 0)
+            try:
+                params = self._param_sites(context, 0)
+            except AssertionError:  # numpyro.param, without a handler that could seed it
+                raise ValueError("params is needed outside a NumPyro program, such as fit.params; got None") from None
         else:
-            self._check_params(params)
+            self._check_params(params, context)
         own = {site: params[site] for site in (self.network_site, self.schedule_site) if site in params}
         return DiffusionPrior(self, own, context=context, num_timesteps=num_timesteps, log_prob=log_prob)
 
@@ -374,10 +377,14 @@ class Diffusion(Frozen):
     def _param_sites(self, context: Any, context_batch_ndim: int) -> dict[str, Any]:
         """The parameters, declared as ``numpyro.param`` sites."""
         params = {self.schedule_site: self._schedule_param()}
-        init = partial(self._init_network, context=context, context_batch_ndim=context_batch_ndim)
-        if jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))):
+        if self._network_has_params(context, context_batch_ndim):
+            init = partial(self._init_network, context=context, context_batch_ndim=context_batch_ndim)
             params[self.network_site] = numpyro.param(self.network_site, init)
         return {site: value for site, value in params.items() if value is not None}
+
+    def _network_has_params(self, context: Any, context_batch_ndim: int) -> bool:
+        init = partial(self._init_network, context=context, context_batch_ndim=context_batch_ndim)
+        return bool(jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
 
     def _schedule_param(self) -> Any:
         init = self.schedule.init_params()
@@ -387,11 +394,15 @@ class Diffusion(Frozen):
         params = self._param_sites(context, batch_ndim)
         return self.reverse_process(params, context=context, context_batch_ndim=batch_ndim)
 
-    def _check_params(self, params: dict[str, Any]) -> None:
+    def _check_params(self, params: dict[str, Any], context: Any) -> None:
         if not isinstance(params, dict):
             raise TypeError(f"params must be a dict by site name, such as fit.params; got {type(params).__name__}")
-        if self.schedule.init_params() is not None and self.schedule_site not in params:
-            raise ValueError(f"params must hold {self.schedule_site!r}; it holds {sorted(params)}")
+        needed = [] if self.schedule.init_params() is None else [self.schedule_site]
+        if self.network_site not in params and self._network_has_params(context, 0):
+            needed.append(self.network_site)
+        missing = [site for site in needed if site not in params]
+        if missing:
+            raise ValueError(f"params must hold {' and '.join(map(repr, missing))}; it holds {sorted(params)}")
 
     def _plate(self, x: Array | None, context: Any, batch_size: int | None) -> tuple[Any, int]:
         """The plate ``"data"`` over rows (none for one datum, or for generation), and its number of axes."""

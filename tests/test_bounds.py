@@ -21,9 +21,9 @@ def bit_network(x_t, t):
 
 GAUSSIAN = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, network).prior({})
 BINOMIAL = ppd.Diffusion(ppd.BinomialKernel((2,), probs=0.3), SCHEDULE, bit_network).prior({})
-EXACT = ppd.Diffusion(
-    ppd.GaussianKernel((2,)), SCHEDULE, lambda x_t, t: (0 * x_t, 0 * x_t), last_step="network"
-).prior({})
+EXACT = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, lambda x_t, t: (0 * x_t, 0 * x_t), last_step="network").prior(
+    {}
+)
 
 
 def bound_of(prior, x, seed=0, **settings):
@@ -66,7 +66,7 @@ def test_exact_process():
     np.testing.assert_allclose(weighted, EXACT.diffusion.kernel.stationary().log_prob(X), atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("chunk_size", [2, 3, 7])
 def test_chunks_that_do_not_divide(chunk_size):
     whole = bound_of(GAUSSIAN, X, num_samples=400)
     parts = bound_of(GAUSSIAN, X, seed=1, num_samples=400, chunk_size=chunk_size)
@@ -90,7 +90,10 @@ def test_std_error_is_calibrated(prior, estimator):
     np.testing.assert_allclose(reported, spread, rtol=0.15)
     deviations = (rows.value - np.mean(rows.value)) / rows.std_error
     assert 0.85 < np.mean(np.abs(deviations) < 2.36) <= 1.0  # Student's t with 7 degrees of freedom: 0.95
-    assert np.isnan(bound_of(prior, x, num_samples=1).std_error)
+
+
+def test_one_sample_has_no_error():
+    assert np.isnan(bound_of(GAUSSIAN, X, num_samples=1).std_error).all()
 
 
 def test_estimators_agree():

@@ -29,9 +29,7 @@ def make(network, event_shape=(2,), **settings):
 
 
 def call(diffusion, params, x_t, t, context=None):
-    return diffusion.network(
-        params.get(diffusion.network_site, {}), x_t, t, SCHEDULE.log_snr()[t - 1], context
-    )
+    return diffusion.network(params.get(diffusion.network_site, {}), x_t, t, SCHEDULE.log_snr()[t - 1], context)
 
 
 # --- stock networks ------------------------------------------------------------------------------------------------
@@ -42,7 +40,12 @@ def test_stock_networks_learn_their_outputs_and_start_at_zero(name):
     diffusion = make(STOCK[name])
     module = diffusion.network.module
     assert (module.num_timesteps, module.outputs) == (T, ("real", "real"))
-    for event_shape, batch, context in (((), (), None), ((2,), (3,), None), ((2, 3), (2, 3), None), ((2,), (3,), LABELS)):
+    for event_shape, batch, context in (
+        ((), (), None),
+        ((2,), (3,), None),
+        ((2, 3), (2, 3), None),
+        ((2,), (3,), LABELS),
+    ):
         other = make(STOCK[name], event_shape)
 
         def run(key, other=other, batch=batch, context=context):
@@ -231,7 +234,9 @@ def test_wrong_outputs_are_refused_before_anything_compiles(name):
     with pytest.raises(ValueError, match=r"network must return 2 array"):
         diffusion.prior(params)
     with pytest.raises(ValueError, match=r"network must return 2 array"):
-        ppd.fit(jax.random.key(0), diffusion, np.random.default_rng(0).normal(size=(9, 2)), num_steps=1, progress_bar=False)
+        ppd.fit(
+            jax.random.key(0), diffusion, np.random.default_rng(0).normal(size=(9, 2)), num_steps=1, progress_bar=False
+        )
 
 
 def test_networks_that_are_none():

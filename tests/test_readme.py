@@ -27,3 +27,19 @@ def test_every_public_name_is_real():
         target = ppd
         for part in name.split("."):
             target = getattr(target, part)
+
+
+def test_every_public_name_has_its_page():
+    """docs/api.md names all that `import pp_diffusion` offers, and each has a docstring."""
+    import inspect
+
+    import pp_diffusion as ppd
+
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    modules = {"networks", "datasets", "units", "plotting"}
+    for name, value in vars(ppd).items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            assert re.search(rf":: {name}\b", page), name
+            assert inspect.getdoc(value), name
+    for name in modules:
+        assert f"pp_diffusion.{name}" in page

@@ -34,7 +34,9 @@ TRANSFORMS = {
     "affine": AffineTransform(jnp.array([20.0, 0.4]), jnp.array([9.0, 0.1])),
     "scalar_affine": AffineTransform(1.0, 7.0),
     "exp": ExpTransform(),
-    "affine_then_exp": ComposeTransform([AffineTransform(jnp.array([3.0, -1.0]), jnp.array([0.5, 0.3])), ExpTransform()]),
+    "affine_then_exp": ComposeTransform(
+        [AffineTransform(jnp.array([3.0, -1.0]), jnp.array([0.5, 0.3])), ExpTransform()]
+    ),
 }
 over = pytest.mark.parametrize("name", TRANSFORMS)
 
@@ -134,7 +136,9 @@ def test_every_figure_carries_the_jacobian(name):
     rule = ppd.Importance(key, 3)
     weighted = outer.prior({}, log_prob=rule).log_prob(x)
     np.testing.assert_allclose(weighted, inner.prior({}, log_prob=rule).log_prob(z) - jacobian, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(outer.prior({}).sample(key, (4,)), transform(inner.prior({}).sample(key, (4,))), rtol=1e-5)
+    np.testing.assert_allclose(
+        outer.prior({}).sample(key, (4,)), transform(inner.prior({}).sample(key, (4,))), rtol=1e-5
+    )
 
 
 def test_the_programs_carry_the_jacobian():
