@@ -225,6 +225,6 @@ def _by_kl(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Ar
 
     _, costs = jax.lax.scan(step, None, (jax.random.split(rng_key, len(steps)), steps))
     if process.first_network_step == 1:  # step 1 is not among them
-        costs = jnp.concatenate([jnp.zeros_like(last)[None], costs])
+        costs = jnp.concatenate([jnp.zeros_like(prior_kl)[None], costs])
     costs = costs.at[0].add(-last)
     return -costs.sum(0) - prior_kl, costs

@@ -274,8 +274,7 @@ def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array)
     r"""What step ``index + 1`` costs the bound, at a fresh :math:`x_t \sim q(x_t \mid x_0)`; one network call for all.
 
     For t >= 2, KL(:math:`q(x_{t-1} \mid x_t, x_0)` ‖ :math:`p(x_{t-1} \mid x_t)`), analytic. For t = 1, where the
-    network describes that step, :math:`\log T_\pi(x_0 \mid x_1) - \log p(x_0 \mid x_1)`: what is left after the
-    closed form of :func:`fixed_terms`, so that drawing t = 1 now and then adds no noise of the size of the density.
+    network describes that step, :math:`-\log p(x_0 \mid x_1)` less what :func:`fixed_terms` has taken into account.
 
     :param index: integers ``process.first_network_step``…T-1, one per datum or one for all.
     :return: nats, of batch shape.
@@ -290,7 +289,9 @@ def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array)
             return kl
     else:
         kl = jnp.zeros(())
-    last = kernel.transition(x_t, process.rates.at(0).beta).log_prob(x_0) - reverse.log_prob(x_0)
+    last = -reverse.log_prob(x_0)
+    if _has_baseline(process):
+        last += kernel.transition(x_t, process.rates.at(0).beta).log_prob(x_0)
     return jnp.where(index == 0, last, kl)
 
 
@@ -298,13 +299,18 @@ def fixed_terms(rng_key: Array, process: ReverseProcess, x_0: Array) -> tuple[Ar
     r"""The bound's ends: :math:`E \log T_\pi(x_0 \mid x_1)` and KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`), in nats.
 
     With them the bound is K = first − second − Σ :func:`step_cost`, for data of any scale (eq. 14 as printed drops
-    terms that vanish only at unit mean square).
+    terms that vanish only at unit mean square). Where the network describes the last step, the first is a baseline:
+    for continuous data it keeps the noise of a t = 1 that is drawn now and then small. For discrete data it is zero,
+    because there the kernel pays for rare flips at t = 1 that the network undoes.
     """
     kernel = process.kernel
-    return (
-        kernel.expected_last_step(rng_key, x_0, process.rates.at(0)),
-        kernel.prior_kl(x_0, process.rates.at(-1).log_snr),
-    )
+    has_last = process.last_step == "kernel" or _has_baseline(process)
+    last = kernel.expected_last_step(rng_key, x_0, process.rates.at(0)) if has_last else jnp.zeros(())
+    return last, kernel.prior_kl(x_0, process.rates.at(-1).log_snr)
+
+
+def _has_baseline(process: ReverseProcess) -> bool:
+    return not process.kernel.is_discrete
 
 
 def _start(rng_key: Array, kernel: Kernel, rates: Rates, batch_shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -28,8 +28,9 @@ def _categorical_x0(kernel, x_t, rates, *logits):
 
 
 class UniformCategorical(ppd.Kernel):
-    """A kernel of a user's: three states, and with probability beta a fresh uniform one. Only what a subclass must have,
-    and integer states."""
+    """A kernel of a user's: three states, held as integers, and with probability beta a fresh uniform one.
+
+    It has only what a subclass must have."""
 
     num_states = 3
     event_support = constraints.integer_interval(0, 2)

@@ -177,9 +177,9 @@ def test_under_plates(kind):
 
     def nested(key):
         rows = trajectories("gaussian", (3,))[kind]
-        with handlers.seed(rng_seed=key), numpyro.plate("outer", 2, dim=-2), numpyro.plate("inner", 3):
-            with handlers.trace() as tr:
-                numpyro.sample("path", rows)
+        outer, inner = numpyro.plate("outer", 2, dim=-2), numpyro.plate("inner", 3)
+        with handlers.seed(rng_seed=key), outer, inner, handlers.trace() as tr:
+            numpyro.sample("path", rows)
         return tr["path"]["value"], tr["path"]["fn"].log_prob(tr["path"]["value"])
 
     path, log_prob = jax.eval_shape(nested, jax.random.key(0))

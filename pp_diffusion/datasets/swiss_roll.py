@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,10 @@ def sample_swiss_roll(rng_key: Array, num: int, noise: float = 0.5) -> Array:
     return _spiral(jax.random.uniform(angle_key, (num,))) + noise * jax.random.normal(noise_key, (num, 2))
 
 
+@partial(jax.jit, static_argnames="noise")
 def swiss_roll_log_prob(x: Array, noise: float = 0.5) -> Array:
     """The exact log density, in nats, of points of shape ``(*batch, 2)``."""
-    nodes, weights = np.polynomial.legendre.leggauss(NUM_NODES)
+    nodes, weights = _quadrature()
     centres = _spiral(jnp.asarray((nodes + 1) / 2))
     log_weights = jnp.asarray(np.log(weights / 2))
     flat = jnp.asarray(x, dtype=float).reshape(-1, 2)
@@ -57,6 +58,11 @@ def swiss_roll_log_prob(x: Array, noise: float = 0.5) -> Array:
 
     log_prob = jax.lax.map(one, flat, batch_size=1024) - jnp.log(2 * jnp.pi * noise**2)
     return log_prob.reshape(jnp.shape(x)[:-1])
+
+
+@cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(NUM_NODES)
 
 
 def _spiral(u: Array) -> Array:
