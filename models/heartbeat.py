@@ -33,7 +33,7 @@ def reverse_process():
 def model(x=None):
     """The reverse trajectory from B(0.2); its last step is the kernel's own with beta_1."""
     steps, reverse = schedule.rates(), reverse_process()
-    with numpyro.plate("data", 1000 if x is None else len(x)):
+    with numpyro.plate("data", 100 if x is None else len(x)):
         path = numpyro.sample("path", ppd.ReverseTrajectory(kernel, steps, reverse))
         return numpyro.sample("x", kernel.transition(path[..., 0, :], steps.beta[0]), obs=x)
 

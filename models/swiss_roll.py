@@ -40,7 +40,7 @@ def reverse_process():
 def model(x=None, *, loc=0.0, scale=1.0):
     """The reverse trajectory from N(0, 1); its last step is the kernel's own with beta_1."""
     steps, reverse = rates(), reverse_process()
-    with numpyro.plate("data", 1000 if x is None else len(x)):
+    with numpyro.plate("data", 100 if x is None else len(x)):
         path = numpyro.sample("path", ppd.ReverseTrajectory(kernel, steps, reverse))
         last = kernel.transition(path[..., 0, :], steps.beta[0])
         in_data_units = dist.transforms.AffineTransform(jnp.broadcast_to(loc, 2), jnp.broadcast_to(scale, 2))

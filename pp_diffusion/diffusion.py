@@ -164,7 +164,7 @@ class Diffusion(Frozen):
 
     def _init_network(self, rng_key: Array, context: Any, context_batch_ndim: int) -> Any:
         one = jax.tree.map(lambda c: jnp.asarray(c)[(0,) * context_batch_ndim][None], context)
-        x_t = jnp.zeros((1, *self.event_shape))
+        x_t = self.kernel.as_state(jnp.zeros((1, *self.event_shape)))
         return self.network.init(rng_key, x_t, jnp.ones(1, int), jnp.zeros(1), one)
 
     def reverse_process(
@@ -199,8 +199,12 @@ class Diffusion(Frozen):
         )
         if process.num_timesteps > process.first_network_step:
             batch = jnp.broadcast_shapes((1,), *_batch_shapes(context, context_batch_ndim))
-            x = jax.ShapeDtypeStruct(batch + self.event_shape, jnp.result_type(float))
-            jax.eval_shape(lambda x: process(x, process.rates.at(-1)).sample(jax.random.key(0)), x)
+
+            def one_step() -> Array:
+                x_t = self.kernel.as_state(jnp.zeros(batch + self.event_shape))
+                return process(x_t, process.rates.at(-1)).sample(jax.random.key(0))
+
+            jax.eval_shape(one_step)
         return process
 
     # --- programs ----------------------------------------------------------------------------------------------
@@ -217,7 +221,7 @@ class Diffusion(Frozen):
         :param batch_size: rows drawn per evaluation, by the plate's subsampling.
         :return: x.
         """
-        x = None if x is None else self.check_data(x, "x")
+        x = None if x is None else self._check_rows_or_one(x)
         plate, batch_ndim = self._plate(x, context, batch_size)
         process = self._process(context, batch_ndim)
         with plate as rows:
@@ -245,7 +249,7 @@ class Diffusion(Frozen):
         """
         if order not in ("forward", "posterior"):
             raise ValueError(f"order must be 'forward' or 'posterior'; got {order!r}")
-        x = self.check_data(x, "x")
+        x = self._check_rows_or_one(x)
         rates = self.schedule.rates(self._schedule_param())
         plate, _ = self._plate(x, context, batch_size)
         with plate as rows:
@@ -269,7 +273,7 @@ class Diffusion(Frozen):
         :param batch_size: rows drawn per evaluation, with replacement; ``None`` takes all.
         :param num_times: time steps drawn per row, evaluated in one network call.
         """
-        x = self.check_data(x, "x")
+        x = self._check_rows_or_one(x)
         if num_times < 1:
             raise ValueError(f"num_times must be >= 1; got {num_times}")
         rng_key = numpyro.prng_key()
@@ -341,7 +345,7 @@ class Diffusion(Frozen):
         """
         if x is None:
             raise ValueError(f"{name} must be data of shape (*batch, {_plain_shape(self.event_shape)}); got None")
-        shape = jnp.shape(x)
+        shape = np.shape(x)
         if len(shape) < self.kernel.event_ndim or shape[len(shape) - self.kernel.event_ndim :] != self.event_shape:
             raise ValueError(f"{name} must have shape (*batch, {_plain_shape(self.event_shape)}); got {shape}")
         if 0 in shape:
@@ -404,6 +408,12 @@ class Diffusion(Frozen):
         if missing:
             raise ValueError(f"params must hold {' and '.join(map(repr, missing))}; it holds {sorted(params)}")
 
+    def _check_rows_or_one(self, x: Any) -> Array:
+        x = self.check_data(x)
+        if x.ndim > self.kernel.event_ndim + 1:
+            raise ValueError(f"x must have shape (N, {_plain_shape(self.event_shape)}) or be one datum; got {x.shape}")
+        return x
+
     def _plate(self, x: Array | None, context: Any, batch_size: int | None) -> tuple[Any, int]:
         """The plate ``"data"`` over rows (none for one datum, or for generation), and its number of axes."""
         leaves = jax.tree.leaves(context)
@@ -411,10 +421,6 @@ class Diffusion(Frozen):
             num_rows = jnp.shape(leaves[0])[0] if leaves and jnp.ndim(leaves[0]) else None
         else:
             num_rows = len(x) if x.ndim > self.kernel.event_ndim else None
-            if x.ndim > self.kernel.event_ndim + 1:
-                raise ValueError(
-                    f"x must have shape (N, {_plain_shape(self.event_shape)}) or be one datum; got {x.shape}"
-                )
         if num_rows is None:
             return nullcontext(), 0
         self._check_rows(num_rows, context, batch_size)

@@ -163,8 +163,8 @@ class FixedSchedule(Schedule):
     .. doctest::
 
         >>> from pp_diffusion import FixedSchedule
-        >>> FixedSchedule([0.1, 0.2, 1.0]).alpha_bars().round(3).tolist()
-        [0.8999999761581421, 0.7200000286102295, 0.0]
+        >>> [f"{alpha_bar:.2f}" for alpha_bar in FixedSchedule([0.1, 0.2, 1.0]).alpha_bars()]
+        ['0.90', '0.72', '0.00']
     """
 
     data_fields = ("_log_snr", "_drops")

@@ -153,6 +153,8 @@ class PosteriorTrajectory(Trajectory):
         path = self._time_first(self.kernel.as_state(value))
         x_0 = jnp.broadcast_to(self.x_0, path.shape[1:])
         end = self.kernel.marginal(x_0, self.rates.at(-1).log_snr).log_prob(path[-1])
+        if self.rates.num_timesteps == 1:
+            return end
         steps = self._steps(slice(1, None), path)
         return end + self.kernel.posterior(path[1:], x_0[None], steps).log_prob(path[:-1]).sum(0)
 

@@ -16,8 +16,10 @@ FIGURES = {
 
 
 def run(module, folder, *options):
+    # a small run is mostly compilation
+    environment = os.environ | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if "--small" in options else {})
     command = [sys.executable, "-W", "error", "-m", module, "--figures", str(folder), "--no-progress", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -175,7 +175,7 @@ def users_model(prior, num, y=None):
         numpyro.sample("y", dist.Normal(x @ jnp.array([1.0, -2.0]), scale + 0.1), obs=y)
 
 
-@over
+@pytest.mark.parametrize("name", ["mlp", "binomial", "labels"])
 def test_in_a_users_model(name):
     prior = PRIORS[name]()
     draws = Predictive(users_model, num_samples=5, parallel=True)(jax.random.key(0), prior, 3)

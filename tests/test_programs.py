@@ -163,14 +163,15 @@ def run_svi(svi, num_steps, *args, **kwargs):
 @pytest.mark.parametrize("pair", ["bound", "whole"])
 def test_svi_trains_the_network_and_a_learned_schedule(pair):
     model, guide = (LINEN.bound_model, LINEN.bound_guide) if pair == "bound" else (LINEN.model, LINEN.guide)
-    result = run_svi(SVI(model, guide, optax.adam(5e-2), Trace_ELBO()), 100, X, batch_size=3)
+    settings = {"num_times": 3} if pair == "bound" else {"batch_size": 3}
+    result = run_svi(SVI(model, guide, optax.adam(1e-2), Trace_ELBO()), 300, X, **settings)
     assert set(result.params) == {"diffusion.network$params", "diffusion.schedule$params"}
     assert np.isfinite(result.losses).all()
     before, after = (
         ppd.lower_bound(jax.random.key(2), LINEN.prior(params), X, num_samples=500).value.sum()
         for params in (jax.jit(LINEN.init_params)(jax.random.key(0)), result.params)
     )
-    assert after > before
+    assert after > before + 0.5
     initial = LINEN.schedule.init_params()
     trained = result.params["diffusion.schedule$params"]
     assert all(np.abs(trained[k] - initial[k]).max() > 1e-3 for k in initial)

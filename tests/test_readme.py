@@ -10,7 +10,12 @@ def test_scripts_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 5
-    script = "\n".join(blocks).replace("4_000", "20").replace("50_000", "500, 100").replace("constant_erasure(2000)", "constant_erasure(20)")
+    script = (
+        "\n".join(blocks)
+        .replace("4_000", "20")
+        .replace("50_000", "600, 100")
+        .replace("constant_erasure(2000)", "constant_erasure(20)")
+    )
     script = script.replace("progress_bar=True", "progress_bar=False")
     scope: dict = {}
     exec(compile(script, "README.md", "exec"), scope)

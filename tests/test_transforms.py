@@ -157,7 +157,7 @@ def test_the_programs_carry_the_jacobian():
 
 def test_data_outside_the_codomain_are_refused():
     prior = make(TRANSFORMS["affine_then_exp"]).prior({})
-    with pytest.raises(ValueError, match="x must lie in the transform's codomain; 1 .* do not"):
+    with pytest.raises(ValueError, match=r"x must lie in the transform's codomain; 1 .* do not"):
         ppd.lower_bound(jax.random.key(0), prior, jnp.array([[1.0, 2.0], [-1.0, 2.0]]))
 
 

@@ -1,0 +1,21 @@
+"""Compilation is most of what the law tests cost: they do without XLA's optimisations, which save nothing there.
+
+Not so the tests of exact answers and of float32 at its ends, which run as a user's program does.
+"""
+
+import jax
+import pytest
+
+LIGHT = (
+    *("bad_input", "bounds", "checkpoint", "fit", "models", "networks", "plotting", "prior", "programs", "readme"),
+    *("trajectories", "transforms"),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _light_compilation(request):
+    before = jax.config.read("jax_disable_most_optimizations")
+    if request.node.path.stem.removeprefix("test_") in LIGHT:
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
