@@ -46,7 +46,7 @@ class Frozen:
 
     def _value(self) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(self)
-        arrays = [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in leaves]
+        arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
         return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
 
     def __eq__(self, other: object) -> bool:
@@ -60,7 +60,8 @@ class Frozen:
         return f"{type(self).__name__}({shown})"
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether ``leaf`` is a typed random key."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pp_diffusion._frozen import Frozen
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess
+from pp_diffusion.schedules import positive_int
 from pp_diffusion.trajectories import fixed_terms, step_cost, stream_log_ratios
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits
@@ -23,6 +24,7 @@ from pp_diffusion.units import nats_to_bits
 Estimator = Literal["analytic", "log_ratio"]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowerBound:
     r"""K per datum, in nats, and its parts: ``value = -kl_per_step.sum(-1) - prior_kl - log_abs_det``.
@@ -93,11 +95,11 @@ def lower_bound(
         >>> bound.value.shape, bound.kl_per_step.shape
         ((2,), (2, 10))
     """
+    if not isinstance(prior, DiffusionPrior):
+        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
     diffusion = prior.diffusion
     estimator = _choose_estimator(estimator, diffusion.kernel.is_discrete)
-    for name, value in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}")
+    num_samples, chunk_size = positive_int("num_samples", num_samples), positive_int("chunk_size", chunk_size)
     x = diffusion.check_data(x)
     rows, contexts, batch_shape = _as_rows(prior, x)
     num_rows = len(rows)
@@ -112,14 +114,16 @@ def lower_bound(
         part = _bound_of_rows(prior, rows[index], chunk_context, key, estimator, num_samples)
         parts.append(jax.tree.map(lambda a, n=num_rows - start: a[:n], part))
     flat = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    if num_samples == 1:
+        flat["std_error"] = np.full(num_rows, np.nan, flat["std_error"].dtype)
     return LowerBound(**{k: v.reshape(batch_shape + v.shape[1:]) for k, v in flat.items()})
 
 
 class Bound(Frozen):
     """``diffusion.prior(params, log_prob=Bound(rng_key))``: log_prob is an estimate of the bound K.
 
-    A deterministic and differentiable function of x: the same noise is used at every call. Unbiased for K, so on
-    average below log p(x).
+    A deterministic and differentiable function of the array x: the same noise is used at every call, and each row has
+    its own. Unbiased for K, so on average below log p(x).
 
     :param rng_key: a JAX random key, which fixes the noise.
     :param num_samples: independent estimates averaged.
@@ -131,13 +135,11 @@ class Bound(Frozen):
     num_samples: int
 
     def __init__(self, rng_key: Array, num_samples: int = 1) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1; got {num_samples}")
-        self._set(rng_key=rng_key, num_samples=num_samples)
+        self._set(rng_key=rng_key, num_samples=positive_int("num_samples", num_samples))
 
     def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
         """K of ``x`` under ``prior``, nats."""
-        rows, contexts, batch_shape = _as_rows(prior, prior.diffusion.kernel.as_state(x))
+        rows, contexts, batch_shape = _as_rows(prior, prior.diffusion.check_data(x, "value"))
         estimator = _choose_estimator(None, prior.diffusion.kernel.is_discrete)
         out = _bound_of_rows(prior, rows, contexts, self.rng_key, estimator, self.num_samples)
         return out["value"].reshape(batch_shape)
@@ -194,8 +196,7 @@ def _bound_of_rows(
     steps = steps / num_samples
     value = -steps.sum(0) - (prior_kl if estimator == "analytic" else 0)
     spread = squares - num_samples * (value - first) ** 2
-    nan = jnp.full_like(value, jnp.nan)
-    error = jnp.sqrt(jnp.maximum(spread, 0) / (num_samples - 1) / num_samples) if num_samples > 1 else nan
+    error = jnp.sqrt(jnp.maximum(spread, 0) / max(num_samples - 1, 1) / num_samples)
     if estimator == "log_ratio":  # the path's end enters by its expectation, not by its draw
         value = value - prior_kl
     return {
@@ -223,6 +224,7 @@ def _by_kl(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Ar
         key, index = at
         return None, step_cost(key, process, z, index)
 
+    step = jax.checkpoint(step, prevent_cse=False)  # for the gradient in x
     _, costs = jax.lax.scan(step, None, (jax.random.split(rng_key, len(steps)), steps))
     if process.first_network_step == 1:  # step 1 is not among them
         costs = jnp.concatenate([jnp.zeros_like(prior_kl)[None], costs])

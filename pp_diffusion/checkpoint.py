@@ -23,7 +23,7 @@ import numpyro
 from numpyro.distributions import transforms as numpyro_transforms
 
 from pp_diffusion import networks
-from pp_diffusion._frozen import Frozen
+from pp_diffusion._frozen import Frozen, is_key
 from pp_diffusion.bounds import Bound
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.kernels import BinomialKernel, GaussianKernel, Kernel
@@ -67,6 +67,7 @@ def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
         "num_timesteps": prior.num_timesteps,
         "params": _pack_tree(prior.params, "params", arrays),
         "context": _pack_tree(prior.context, "context", arrays),
+        "context_event_dim": _context_event_dim(prior),
         "log_prob": None if prior.log_prob_rule is None else _pack_part(prior.log_prob_rule, "log_prob", arrays),
     }
     _write_whole(Path(path), header, arrays)
@@ -91,7 +92,7 @@ def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
 def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any) -> DiffusionPrior:
     parts = header["diffusion"]
     described = parts["network"]
-    if described["type"] in STOCK_NETWORKS and network is None:
+    if "fields" in described and network is None:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["fields"].items()}
         network = STOCK_NETWORKS[described["type"]](**fields)
     elif network is None:
@@ -115,7 +116,13 @@ def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any)
         context=_unpack_tree(header["context"], arrays),
         num_timesteps=header["num_timesteps"],
         log_prob=None if header["log_prob"] is None else _unpack_part(header["log_prob"], arrays),
+        context_event_dim=header["context_event_dim"],
     )
+
+
+def _context_event_dim(prior: DiffusionPrior) -> int | None:
+    leaves = jax.tree.leaves(prior.context)
+    return min(map(jnp.ndim, leaves)) - prior.context_batch_ndim if leaves else None
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -135,15 +142,18 @@ def _pack_part(part: Frozen, name: str, arrays: dict[str, np.ndarray]) -> dict[s
     static = {k: v for k, v in vars(part).items() if k not in part.data_fields}
     for field in part.data_fields:
         _put(f"{name}.{field}", getattr(part, field), arrays)
-    return {"type": kind, "static": static, "arrays": {f: f"{name}.{f}" for f in part.data_fields}}
+    packed = {"type": kind, "static": static, "arrays": {f: f"{name}.{f}" for f in part.data_fields}}
+    if isinstance(part, (Bound, Importance)) and is_key(part.rng_key):
+        packed["key"] = str(jax.random.key_impl(part.rng_key))
+    return packed
 
 
 def _unpack_part(packed: dict[str, Any], arrays: dict[str, np.ndarray]) -> Frozen:
     cls = STOCK[packed["type"]]
     static = {k: tuple(v) if isinstance(v, list) else v for k, v in packed["static"].items()}
     data = [arrays[packed["arrays"][field]] for field in cls.data_fields]
-    if cls in (Bound, Importance):
-        data = [jax.random.wrap_key_data(jnp.asarray(data[0]))]
+    if "key" in packed:
+        data = [jax.random.wrap_key_data(jnp.asarray(data[0]), impl=packed["key"])]
     return cls._unflatten(tuple(static.items()), tuple(data))
 
 
@@ -224,7 +234,7 @@ def _unpack_tree(leaves: list[Any] | None, arrays: dict[str, np.ndarray]) -> Any
 
 
 def _put(member: str, value: Any, arrays: dict[str, np.ndarray]) -> None:
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if is_key(value):
         value = jax.random.key_data(value)
     arrays[member] = np.asarray(value)
 
@@ -235,12 +245,15 @@ def _write_whole(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("header.json", json.dumps(header, indent=1))
+            archive.writestr("header.json", json.dumps(header, indent=1, default=_plain))
             for member, array in arrays.items():
                 buffer = io.BytesIO()
                 # dtypes that NumPy lacks (bfloat16) travel as bytes; the header tells what they are
                 np.lib.format.write_array(buffer, np.frombuffer(array.tobytes(), np.uint8), allow_pickle=False)
                 archive.writestr(f"{member}.npy", buffer.getvalue())
+        umask = os.umask(0)  # mkstemp's own mode is for its owner alone
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -265,6 +278,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except (zipfile.BadZipFile, EOFError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no file of ppd.save: {error}") from error
     return header, arrays
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"network or schedule holds a {type(value).__name__}, {value!r}, which a file cannot describe")
 
 
 def _own_version() -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from flax.errors import FlaxError
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
@@ -19,7 +20,7 @@ from pp_diffusion._frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import Network, ReverseProcess
-from pp_diffusion.schedules import Schedule
+from pp_diffusion.schedules import Schedule, positive_int
 from pp_diffusion.trajectories import (
     ForwardTrajectory,
     PosteriorTrajectory,
@@ -27,7 +28,7 @@ from pp_diffusion.trajectories import (
     fixed_terms,
     step_cost,
 )
-from pp_diffusion.transforms import data_support, in_data_units, log_abs_det
+from pp_diffusion.transforms import check_precision, check_transform, data_support, in_data_units, log_abs_det
 
 
 class Diffusion(Frozen):
@@ -46,7 +47,8 @@ class Diffusion(Frozen):
         t = 1; ``"network"``: it is.
     :param transform: a NumPyro transform from the model's space to the data's, such as
         :func:`~pp_diffusion.standardize`; x is in data units in every public function.
-    :param name: prefixes the parameter sites, so that two diffusions live in one program.
+    :param name: prefixes the parameter sites, so that two diffusions live in one program; of equal names, they would
+        share their parameters.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
     .. doctest::
@@ -108,6 +110,8 @@ class Diffusion(Frozen):
                     f"schedule must be fixed for a {type(kernel).__name__}: the gradient with frozen noise that learns "
                     "one needs a continuous kernel (the paper uses FixedSchedule.constant_erasure)"
                 )
+        if transform is not None:
+            check_transform(transform, kernel.event_shape)
         rule = kernel.parameterizations[parameterization]
         if not rule.allows_full_erasure and not np.isfinite(schedule.log_snr(schedule.init_params())[-1]):
             raise ValueError(
@@ -163,6 +167,9 @@ class Diffusion(Frozen):
         return {site: value for site, value in params.items() if jax.tree.leaves(value)}
 
     def _init_network(self, rng_key: Array, context: Any, context_batch_ndim: int) -> Any:
+        self._check_context(context)
+        if rng_key is None:
+            raise ValueError("params is needed, or a numpyro.handlers.seed handler that can initialise the network")
         one = jax.tree.map(lambda c: jnp.asarray(c)[(0,) * context_batch_ndim][None], context)
         x_t = self.kernel.as_state(jnp.zeros((1, *self.event_shape)))
         return self.network.init(rng_key, x_t, jnp.ones(1, int), jnp.zeros(1), one)
@@ -179,6 +186,7 @@ class Diffusion(Frozen):
 
         :raises ValueError: if parameters are missing, or the network's outputs do not fit.
         """
+        self._check_context(context)
         rates = self.schedule.rates(params.get(self.schedule_site))
         if num_timesteps is not None and num_timesteps != self.num_timesteps:
             if not self.kernel.parameterizations[self.parameterization].shortens:
@@ -204,8 +212,16 @@ class Diffusion(Frozen):
                 x_t = self.kernel.as_state(jnp.zeros(batch + self.event_shape))
                 return process(x_t, process.rates.at(-1)).sample(jax.random.key(0))
 
-            jax.eval_shape(one_step)
+            try:
+                jax.eval_shape(one_step)
+            except FlaxError as error:
+                given = "no context was given" if context is None else "context was given"
+                raise ValueError(f"params do not fit the network ({given}): {error}") from error
         return process
+
+    def _check_context(self, context: Any) -> None:
+        if context is not None and "context" not in self.network.inputs:
+            raise ValueError("context was given, but the signature of the network does not name context")
 
     # --- programs ----------------------------------------------------------------------------------------------
 
@@ -274,8 +290,7 @@ class Diffusion(Frozen):
         :param num_times: time steps drawn per row, evaluated in one network call.
         """
         x = self._check_rows_or_one(x)
-        if num_times < 1:
-            raise ValueError(f"num_times must be >= 1; got {num_times}")
+        num_times = positive_int("num_times", num_times)
         rng_key = numpyro.prng_key()
         if rng_key is None:
             raise ValueError("bound_model draws rows and times: run it under numpyro.handlers.seed or in SVI")
@@ -313,12 +328,16 @@ class Diffusion(Frozen):
         context: Any = None,
         num_timesteps: int | None = None,
         log_prob: Any = None,
+        context_event_dim: int | None = None,
+        validate_args: bool | None = None,
     ) -> DiffusionPrior:
         r"""The trained diffusion as a NumPyro distribution over x, in data units.
 
         :param params: parameters by site name, such as ``fit.params`` or ``svi_result.params`` (other sites in it are
             ignored). ``None`` inside a NumPyro program declares them as ``numpyro.param`` sites.
         :param context: covariates; leading axes that the network takes as batch axes become the batch shape.
+        :param context_event_dim: the number of the context's other axes, where the network would take several.
+        :param validate_args: as for any NumPyro distribution.
         :param num_timesteps: a shorter chain through the trained one's steps; a model of its own, with its own K.
         :param log_prob: ``None`` (``log_prob`` raises), or :class:`~pp_diffusion.Bound` or
             :class:`~pp_diffusion.Importance`, which make it a deterministic function of x.
@@ -332,7 +351,15 @@ class Diffusion(Frozen):
         else:
             self._check_params(params, context)
         own = {site: params[site] for site in (self.network_site, self.schedule_site) if site in params}
-        return DiffusionPrior(self, own, context=context, num_timesteps=num_timesteps, log_prob=log_prob)
+        return DiffusionPrior(
+            self,
+            own,
+            context=context,
+            num_timesteps=num_timesteps,
+            log_prob=log_prob,
+            context_event_dim=context_event_dim,
+            validate_args=validate_args,
+        )
 
     # --- data --------------------------------------------------------------------------------------------------
 
@@ -366,6 +393,8 @@ class Diffusion(Frozen):
                 raise ValueError(
                     f"{name} must lie in the transform's codomain; {np.count_nonzero(~np.asarray(inside))} data do not"
                 )
+            if not self.kernel.is_discrete:
+                self._check_in_model_space(values, name)
         return self.kernel.as_state(x)
 
     def to_model_space(self, x: Array) -> Array:
@@ -392,7 +421,7 @@ class Diffusion(Frozen):
 
     def _schedule_param(self) -> Any:
         init = self.schedule.init_params()
-        return None if init is None else numpyro.param(self.schedule_site, init)
+        return None if init is None else numpyro.param(self.schedule_site, lambda rng_key: init)
 
     def _process(self, context: Any, batch_ndim: int) -> ReverseProcess:
         params = self._param_sites(context, batch_ndim)
@@ -408,6 +437,16 @@ class Diffusion(Frozen):
         if missing:
             raise ValueError(f"params must hold {' and '.join(map(repr, missing))}; it holds {sorted(params)}")
 
+    def _check_in_model_space(self, values: np.ndarray, name: str) -> None:
+        # known data may be checked while a program is traced
+        with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
+            states = self.kernel.as_state(values)
+            check_precision(values, np.asarray(states), self.kernel.event_ndim, name)
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self.transform)):
+                return
+            if not np.isfinite(self.to_model_space(states)).all():
+                raise ValueError(f"{name} must lie inside the transform's codomain, not on its edge")
+
     def _check_rows_or_one(self, x: Any) -> Array:
         x = self.check_data(x)
         if x.ndim > self.kernel.event_ndim + 1:
@@ -422,6 +461,8 @@ class Diffusion(Frozen):
         else:
             num_rows = len(x) if x.ndim > self.kernel.event_ndim else None
         if num_rows is None:
+            if batch_size is not None:
+                raise ValueError(f"batch_size must be None without rows to draw from; got {batch_size}")
             return nullcontext(), 0
         self._check_rows(num_rows, context, batch_size)
         return numpyro.plate("data", num_rows, subsample_size=batch_size), 1
@@ -436,7 +477,7 @@ class Diffusion(Frozen):
 
     @staticmethod
     def _check_rows(num_rows: int, context: Any, batch_size: int | None) -> None:
-        if batch_size is not None and not 1 <= batch_size <= num_rows:
+        if batch_size is not None and not 1 <= positive_int("batch_size", batch_size) <= num_rows:
             raise ValueError(f"batch_size must be in 1…{num_rows}, the number of rows; got {batch_size}")
         check_context_rows(context, num_rows)
 

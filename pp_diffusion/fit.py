@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from pp_diffusion.diffusion import Diffusion, check_context_rows
 from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.schedules import positive_int
 from pp_diffusion.transforms import check_not_constant, name_columns
 from pp_diffusion.units import nats_to_bits
 
@@ -111,7 +112,7 @@ def fit(
     :param objective: ``"bound"``, the paper's K.
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
-    :param state: the ``.state`` of an earlier result, to go on from.
+    :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).
     :param progress_bar: shows rate, time left and the bound (a running mean over batches) in nats and bits.
     :raises ValueError: for data that are empty, not finite, of the wrong shape, outside the kernel's support, or
         constant in a coordinate.
@@ -131,16 +132,23 @@ def fit(
     """
     if objective != "bound":
         raise ValueError(f"objective must be 'bound'; got {objective!r}")
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+        positive_int(name, value)
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must be an optax optimizer or None; got {type(optimizer).__name__}")
     if average is not None and not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
     source = _source(diffusion, data, context, batch_size, rng_key)
     settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw)
-    init_key, rng_key = jax.random.split(rng_key)
+    init_key, _ = jax.random.split(rng_key)
     if state is None:
         state = _init(diffusion, source.example, init_key, settings)
+    else:
+        fresh = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
+        if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
+            raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
 
     last_step = state.step + num_steps
 
@@ -249,6 +257,7 @@ def _source(diffusion: Diffusion, data: Any, context: Any, batch_size: int, rng_
             raise ValueError("context must be None where data is a function: let it return pairs (x, context)")
         x, own_context = _pair(data(rng_key))
         example = _check_batch(diffusion, x, own_context, "data(rng_key)")
+        _warn_of_scales(diffusion, np.asarray(x))
         return _Source(example, lambda n: (None, n), None, data)
     if hasattr(data, "shape") or _is_number_list(data):
         x = diffusion.check_data(data, "data")
@@ -268,6 +277,7 @@ def _source(diffusion: Diffusion, data: Any, context: Any, batch_size: int, rng_
     first = next(batches, None)
     if first is None:
         raise ValueError("data must yield at least one batch; it yielded none")
+    _warn_of_scales(diffusion, np.asarray(first[0]))
     batches = itertools.chain([first], batches)
     return _Source(jax.tree.map(lambda a: a[:1], first), _Stacker(batches), None, None)
 
@@ -318,18 +328,22 @@ def _check_batch(diffusion: Diffusion, x: Any, context: Any, name: str) -> tuple
 
 
 def _check_scales(diffusion: Diffusion, data: np.ndarray) -> None:
-    if diffusion.kernel.is_discrete:
+    if not diffusion.kernel.is_discrete:
+        check_not_constant(data)
+    _warn_of_scales(diffusion, data)
+
+
+def _warn_of_scales(diffusion: Diffusion, data: np.ndarray) -> None:
+    if diffusion.kernel.is_discrete or diffusion.transform is not None or len(data) < 2:
         return
-    check_not_constant(data)
-    if diffusion.transform is None:
-        mean, sd = data.mean(0, dtype=np.float64), data.std(0, dtype=np.float64)
-        far = (sd < 1 / 4) | (sd > 4) | (np.abs(mean) > 4)
-        if far.any():
-            warnings.warn(
-                f"data are far from unit scale in {name_columns(far)}, and no transform is given; "
-                "use Diffusion(..., transform=ppd.standardize(data))",
-                stacklevel=4,
-            )
+    mean, sd = data.mean(0, dtype=np.float64), data.std(0, dtype=np.float64)
+    far = (sd < 1 / 4) | (sd > 4) | (np.abs(mean) > 4)
+    if far.any():
+        warnings.warn(
+            f"data are far from unit scale in {name_columns(far)}, and no transform is given; "
+            "use Diffusion(..., transform=ppd.standardize(data))",
+            stacklevel=5,
+        )
 
 
 def _non_finite(losses: np.ndarray, done: int, trained: FitResult | None) -> NonFiniteLossError:
@@ -362,10 +376,10 @@ def _report(bar: tqdm, updates: int, losses: list[np.ndarray]) -> None:
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) == 2 and hasattr(batch[0], "shape")):
         if len(batch) != 2:
             raise ValueError(f"a batch must be an array or a pair (x, context); got a tuple of {len(batch)}")
-        return batch
+        return batch[0], batch[1]
     return batch, None
 
 

@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
 from pp_diffusion.reverse import ReverseProcess
+from pp_diffusion.schedules import positive_int
 from pp_diffusion.trajectories import sample_chain
 
 if TYPE_CHECKING:
@@ -58,14 +59,19 @@ class DiffusionPrior(dist.Distribution):
         context: Any = None,
         num_timesteps: int | None = None,
         log_prob: Any = None,
+        context_event_dim: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if log_prob is not None and not hasattr(log_prob, "log_prob"):
-            raise TypeError(f"log_prob must be None, ppd.Bound or ppd.Importance; got {type(log_prob).__name__}")
+        if log_prob is not None and (isinstance(log_prob, type) or not hasattr(log_prob, "log_prob")):
+            raise TypeError(
+                f"log_prob must be None, ppd.Bound(rng_key) or ppd.Importance(rng_key, n); got {log_prob!r}"
+            )
         self.diffusion, self.params = diffusion, params
         self.context, self.log_prob_rule = context, log_prob
-        self.num_timesteps = diffusion.num_timesteps if num_timesteps is None else num_timesteps
-        self.context_batch_ndim = _context_batch_ndim(diffusion, params, context, num_timesteps)
+        self.num_timesteps = (
+            diffusion.num_timesteps if num_timesteps is None else positive_int("num_timesteps", num_timesteps)
+        )
+        self.context_batch_ndim = _context_batch_ndim(diffusion, params, context, num_timesteps, context_event_dim)
         batch_shapes = [jnp.shape(leaf)[: self.context_batch_ndim] for leaf in jax.tree.leaves(context)]
         super().__init__(jnp.broadcast_shapes((), *batch_shapes), diffusion.event_shape, validate_args=validate_args)
 
@@ -93,7 +99,9 @@ class DiffusionPrior(dist.Distribution):
 
     @validate_sample
     def log_prob(self, value: Array, intermediates: None = None) -> Array:
-        """The rule's estimate of log p(value), in nats, of batch shape; a deterministic function of ``value``.
+        """The rule's estimate of log p(value), in nats, of batch shape.
+
+        A deterministic function of the array ``value``; each row of it has its own fixed noise.
 
         :raises NotImplementedError: if the prior was made without such a rule.
         """
@@ -117,16 +125,33 @@ def _sample(prior: DiffusionPrior, rng_key: Array, sample_shape: tuple[int, ...]
     return x if transform is None else transform(x)
 
 
-def _context_batch_ndim(diffusion: Diffusion, params: Any, context: Any, num_timesteps: int | None) -> int:
-    """How many leading axes of ``context`` are batch axes: as many as the network, with these parameters, takes."""
+def _context_batch_ndim(
+    diffusion: Diffusion, params: Any, context: Any, num_timesteps: int | None, event_dim: int | None
+) -> int:
+    """How many leading axes of ``context`` are batch axes: all but ``event_dim``, or what the network can take.
+
+    :raises ValueError: if the network takes the context in more than one way, or in none.
+    """
     most = min((jnp.ndim(leaf) for leaf in jax.tree.leaves(context)), default=0)
-    for batch_ndim in range(most, -1, -1):
+    if event_dim is not None and not 0 <= event_dim <= most:
+        raise ValueError(f"context_event_dim must be in 0…{most}; got {event_dim}")
+    fits: list[int] = []
+    complaint: Exception | None = None
+    for batch_ndim in range(most + 1) if event_dim is None else [most - event_dim]:
         try:
             diffusion.reverse_process(
                 params, context=context, context_batch_ndim=batch_ndim, num_timesteps=num_timesteps
             )
-            return batch_ndim
-        except Exception:  # the network's own complaint about shapes, of whatever type
-            if not batch_ndim:
-                raise
-    raise AssertionError  # unreachable
+            fits.append(batch_ndim)
+        except Exception as error:  # the network's own complaint about shapes, of whatever type
+            if complaint is None or error.__cause__ is not None:  # parameters that do not fit say most
+                complaint = error
+    if complaint is not None and not fits:
+        raise complaint
+    if len(fits) > 1:
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(context)]
+        raise ValueError(
+            f"context of shape {', '.join(map(str, shapes))} is ambiguous: the network takes its first "
+            f"{' or '.join(map(str, fits))} axes as batch axes; give context_event_dim, the number of the others"
+        )
+    return fits[0]

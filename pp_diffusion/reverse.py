@@ -55,10 +55,16 @@ class Network(Frozen):
         self._set(module=module, inputs=tuple(n for n in ("log_snr", "context") if takes_any or n in named))
 
     def configured(self, **settings: Any) -> Network:
-        """With those of the settings that the module has as a field and leaves at ``None`` (the stock networks do)."""
+        """With those of the settings that the module has as a field (the stock networks do).
+
+        :raises ValueError: if the module has another value there.
+        """
         if not isinstance(self.module, nn.Module):
             return self
-        settings = {k: v for k, v in settings.items() if getattr(self.module, k, 0) is None}
+        settings = {name: value for name, value in settings.items() if hasattr(self.module, name)}
+        for name, value in settings.items():
+            if getattr(self.module, name) not in (None, value):
+                raise ValueError(f"network has {name}={getattr(self.module, name)}; this diffusion needs {value}")
         return Network(self.module.clone(**settings)) if settings else self
 
     def init(self, rng_key: Array, x_t: Array, t: Array, log_snr: Array, context: Any) -> Any:
@@ -186,6 +192,7 @@ class ReverseProcess(Frozen):
         )
         outputs = self.network(self.params, x_t, t, log_snr, context)
         check_outputs(outputs, self.rule, x_t.shape)
+        outputs = tuple(jnp.asarray(out, dtype=float) for out in outputs)  # networks may compute in less
         return self.rule.reverse(self.kernel, x_t, rates, *outputs)
 
     def last(self, x_1: Array) -> dist.Distribution:

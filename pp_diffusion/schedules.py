@@ -173,7 +173,10 @@ class FixedSchedule(Schedule):
     _drops: np.ndarray
 
     def __init__(self, betas: ArrayLike) -> None:
-        betas = np.asarray(betas, dtype=np.float64)
+        try:
+            betas = np.asarray(betas, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"betas must be an array of numbers; got {betas!r}") from None
         if betas.ndim != 1 or not betas.size:
             raise ValueError(f"betas must have shape (T,) with T >= 1; got shape {betas.shape}")
         bad = ~((betas > 0) & (betas <= 1))
@@ -209,7 +212,7 @@ class FixedSchedule(Schedule):
     @classmethod
     def constant_erasure(cls, num_timesteps: int) -> Self:
         r""":math:`\beta_t = 1 / (T - t + 1)`: each step erases the same share 1/T of the signal (the paper, §2.4.1)."""
-        t = np.arange(1, _positive_int("num_timesteps", num_timesteps) + 1)
+        t = np.arange(1, positive_int("num_timesteps", num_timesteps) + 1)
         with np.errstate(divide="ignore"):
             return cls.from_log_snr(np.log(num_timesteps - t) - np.log(t))
 
@@ -220,7 +223,7 @@ class FixedSchedule(Schedule):
         The schedule of Nichol and Dhariwal (2021), with :math:`\beta_T = 1`.
         """
         offset = 0.008
-        t = np.arange(_positive_int("num_timesteps", num_timesteps) + 1) / num_timesteps
+        t = np.arange(positive_int("num_timesteps", num_timesteps) + 1) / num_timesteps
         angle = np.pi / 2 * (t + offset) / (1 + offset)
         start = angle[0]
         # f(0) - f(t) = sin(a + a_0) sin(a - a_0): no cancellation for small t
@@ -235,7 +238,7 @@ class FixedSchedule(Schedule):
         r"""Log-SNR falling linearly from that of :math:`\beta_1` to ``final_log_snr``."""
         start = _logit_of_first_beta(first_beta)
         _check_end(start, final_log_snr)
-        return cls.from_log_snr(np.linspace(start, final_log_snr, _positive_int("num_timesteps", num_timesteps)))
+        return cls.from_log_snr(np.linspace(start, final_log_snr, positive_int("num_timesteps", num_timesteps)))
 
     def log_snr(self, params: Any = None) -> Array:
         return _float(self._log_snr)
@@ -265,7 +268,7 @@ class LearnedSchedule(Schedule):
         if final_log_snr is not None:
             _check_end(start, final_log_snr)
         self._set(
-            num_timesteps=_positive_int("num_timesteps", num_timesteps),
+            num_timesteps=positive_int("num_timesteps", num_timesteps),
             first_beta=float(first_beta),
             final_log_snr=None if final_log_snr is None else float(final_log_snr),
         )
@@ -307,7 +310,11 @@ def _float(x: ArrayLike) -> Array:
     return jnp.asarray(x, dtype=float)
 
 
-def _positive_int(name: str, value: int) -> int:
+def positive_int(name: str, value: int) -> int:
+    """``value`` as an int.
+
+    :raises ValueError: naming the argument, unless it is an integer of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     return int(value)

@@ -7,7 +7,9 @@ A path has event shape ``(T, *event_shape)``, entry t-1 being :math:`x_t`, in th
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
@@ -37,6 +39,14 @@ class Trajectory(dist.Distribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(self.kernel.event_support, self.event_dim)
 
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Paths of shape ``sample_shape + batch_shape + (T, *event_shape)``."""
+        return _sample_path(self, key, tuple(sample_shape))
+
+    @abstractmethod
+    def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
+        raise NotImplementedError
+
     @property
     def has_rsample(self) -> bool:
         return not self.kernel.is_discrete
@@ -56,6 +66,11 @@ class Trajectory(dist.Distribution):
     def _steps(self, steps: slice, path: Array) -> Rates:
         """Rates of a slice of the steps, shaped to go with a path whose time axis is first."""
         return self.rates.at(steps).along_leading_axis(path.ndim - self.event_dim)
+
+
+@partial(jax.jit, static_argnames="sample_shape")
+def _sample_path(trajectory: Trajectory, key: Array, sample_shape: tuple[int, ...]) -> Array:
+    return trajectory._sample(key, sample_shape)  # jitted here, so that a call outside jit compiles once
 
 
 class ForwardTrajectory(Trajectory):
@@ -82,7 +97,7 @@ class ForwardTrajectory(Trajectory):
     def expand(self, batch_shape: tuple[int, ...]) -> Self:
         return self._expanded(batch_shape, x_0=jnp.broadcast_to(self.x_0, (*batch_shape, *self.kernel.event_shape)))
 
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
         x_0 = jnp.broadcast_to(self.x_0, sample_shape + self.x_0.shape)
 
         def step(x: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -133,7 +148,7 @@ class PosteriorTrajectory(Trajectory):
     def expand(self, batch_shape: tuple[int, ...]) -> Self:
         return self._expanded(batch_shape, x_0=jnp.broadcast_to(self.x_0, (*batch_shape, *self.kernel.event_shape)))
 
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
         x_0 = jnp.broadcast_to(self.x_0, sample_shape + self.x_0.shape)
         end_key, key = jax.random.split(key)
         x_end = self.kernel.as_state(self.kernel.marginal(x_0, self.rates.at(-1).log_snr).sample(end_key))
@@ -190,7 +205,7 @@ class ReverseTrajectory(Trajectory):
     def expand(self, batch_shape: tuple[int, ...]) -> Self:
         return self._expanded(batch_shape)
 
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
         x_end, keys = _start(key, self.kernel, self.rates, sample_shape + self.batch_shape)
 
         def step(x: Array, at: tuple[Array, Rates]) -> tuple[Array, Array]:
@@ -235,6 +250,7 @@ def sample_chain(rng_key: Array, process: ReverseProcess, batch_shape: tuple[int
     return process.last(x_1).sample(last_key)
 
 
+@jax.jit
 def log_weight(rng_key: Array, process: ReverseProcess, x_0: Array) -> Array:
     r""":math:`\log p(x_{0…T}) - \log q(x_{1…T} \mid x_0)` of one forward trajectory per datum (eq. 9), in nats.
 
@@ -267,6 +283,7 @@ def stream_log_ratios(
 
     later = rates.at(slice(1, None))
     keys = jax.random.split(rng_key, later.num_timesteps)
+    step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
     (x_1, log_w), log_ratios = jax.lax.scan(step, (x_end, log_w), (keys, later), reverse=True)
     last = process.last(x_1).log_prob(x_0)
     return log_w + last, None if log_ratios is None else jnp.concatenate([last[None], log_ratios])

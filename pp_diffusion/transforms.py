@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -31,9 +32,10 @@ def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransf
         raise ValueError(f"data must hold at least one datum, shape (N, *event_shape); got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError(f"data must be finite; {_count(~np.isfinite(data))} of {data.size} values are NaN or infinite")
+    check_not_constant(data)
+    check_precision(data, np.asarray(jnp.asarray(data, dtype=float)), data.ndim - 1, "data")
     axis = 0 if per_coordinate else None
     loc, scale = data.mean(axis), data.std(axis)
-    check_not_constant(data)
     return AffineTransform(jnp.asarray(loc, dtype=float), jnp.asarray(scale, dtype=float))
 
 
@@ -42,12 +44,66 @@ def check_not_constant(data: np.ndarray, name: str = "data") -> None:
 
     :raises ValueError: naming the coordinates.
     """
-    constant = np.ptp(data, axis=0) == 0
+    constant = (data == data[:1]).all(0)
     if constant.any():
         raise ValueError(
             f"{name} must vary in every coordinate; constant: {name_columns(constant)}. "
             "Drop these coordinates, or add noise of a known scale (dequantisation)"
         )
+
+
+def check_precision(values: np.ndarray, states: np.ndarray, event_ndim: int, name: str) -> None:
+    """Refuses data whose rounding to the state's dtype is visible beside their spread, such as large time stamps.
+
+    :raises ValueError: naming the argument.
+    """
+    if not np.isfinite(states).all():
+        raise ValueError(f"{name} must be finite in {states.dtype}; the largest value is {np.abs(values).max()}")
+    if values.dtype == states.dtype or values.ndim == event_ndim:
+        return
+    values = values.reshape(-1, *values.shape[values.ndim - event_ndim :]).astype(np.float64)
+    lost, spread = np.abs(values - states.reshape(values.shape)).max(0), values.std(0)
+    bad = (lost > 1e-3 * spread) & (spread > 0)
+    if bad.any():
+        raise ValueError(
+            f"{name} lose their spread when rounded to {states.dtype} in {name_columns(bad)}: subtract an "
+            "offset first, or turn x64 on"
+        )
+
+
+def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
+    """Refuses a transform that is not one to one from all real events of this shape to events of this shape.
+
+    :raises ValueError: naming ``transform``.
+    """
+    name = type(transform).__name__
+    try:
+        domain = transform.domain
+        base = domain
+        while isinstance(base, constraints.independent):
+            base = base.base_constraint
+        keeps_shape = (
+            max(domain.event_dim, transform.codomain.event_dim) <= len(event_shape)
+            and jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, float)).shape == event_shape
+        )
+    except (NotImplementedError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"transform of type {name} does not take events of shape {event_shape}: {error}") from error
+    if not (base is constraints.real or base is constraints.real_vector):
+        raise ValueError(f"transform must map from all real numbers; {name} maps from {base}")
+    if not keeps_shape:
+        raise ValueError(f"transform must map events of shape {event_shape} to that shape; {name} does not")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(transform)):
+        return  # its values are not known
+    with jax.ensure_compile_time_eval():
+        z = jnp.stack([jnp.ones(event_shape), -jnp.ones(event_shape)])
+        x = transform(z)
+        try:
+            jacobian = log_abs_det(transform, z, x, len(event_shape))
+            holds = np.isfinite(jacobian).all() and np.allclose(transform._inverse(x), z, atol=1e-2)
+        except NotImplementedError:
+            holds = False
+    if not holds:
+        raise ValueError(f"transform must be one to one, with a finite Jacobian; {name} is not")
 
 
 def name_columns(mask: np.ndarray) -> str:

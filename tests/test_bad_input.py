@@ -227,7 +227,12 @@ CASES = [
     Bad("schedule missing", lambda: LEARNED.prior({"other": 1}), ValueError, "params must hold 'diffusion.schedule"),
     Bad("params of another name", lambda: TRAINED.prior({"other.network$params": {}}), ValueError, "params"),
     Bad("params type", lambda: GAUSSIAN.prior([1]), TypeError, "params must be a dict"),
-    Bad("num_timesteps 0", lambda: GAUSSIAN.prior({}, num_timesteps=0), ValueError, "num_timesteps must be in 1…3"),
+    Bad(
+        "num_timesteps 0",
+        lambda: GAUSSIAN.prior({}, num_timesteps=0),
+        ValueError,
+        "num_timesteps must be an integer >= 1",
+    ),
     Bad(
         "num_timesteps above T", lambda: GAUSSIAN.prior({}, num_timesteps=4), ValueError, "num_timesteps must be in 1…3"
     ),
@@ -239,12 +244,17 @@ CASES = [
     Bad("fit num_times", lambda: fit(X, num_times=0), ValueError, "num_times"),
     Bad("average", lambda: fit(X, average=1.0), ValueError, "average must be in"),
     Bad("objective", lambda: fit(X, objective="score"), ValueError, "objective must be 'bound'"),
-    Bad("model batch_size 0", lambda: program("model", X, batch_size=0), ValueError, "batch_size must be in 1…4"),
+    Bad("model batch_size 0", lambda: program("model", X, batch_size=0), ValueError, "batch_size must be an integer"),
     Bad("model batch_size", lambda: program("model", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
     Bad("guide batch_size", lambda: program("guide", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
-    Bad("bound batch_size 0", lambda: program("bound_model", X, batch_size=0), ValueError, "batch_size must be in 1…4"),
+    Bad(
+        "bound batch_size 0",
+        lambda: program("bound_model", X, batch_size=0),
+        ValueError,
+        "batch_size must be an integer",
+    ),
     Bad("bound batch_size", lambda: program("bound_model", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
-    Bad("num_times", lambda: program("bound_model", X, num_times=0), ValueError, "num_times must be >= 1"),
+    Bad("num_times", lambda: program("bound_model", X, num_times=0), ValueError, "num_times must be an integer >= 1"),
     Bad("order", lambda: program("guide", X, order="reverse"), ValueError, "order must be 'forward' or 'posterior'"),
     Bad(
         "estimator", lambda: bound(X, estimator="mean"), ValueError, "estimator must be 'analytic', 'log_ratio' or None"
@@ -255,10 +265,15 @@ CASES = [
         ValueError,
         "estimator must be 'analytic'",
     ),
-    Bad("num_samples", lambda: bound(X, num_samples=0), ValueError, "num_samples must be >= 1"),
-    Bad("chunk_size", lambda: bound(X, chunk_size=0), ValueError, "chunk_size must be >= 1"),
-    Bad("Bound samples", lambda: ppd.Bound(KEY, num_samples=0), ValueError, "num_samples must be >= 1"),
-    Bad("Importance trajectories", lambda: ppd.Importance(KEY, 0), ValueError, "num_trajectories must be >= 1"),
+    Bad("num_samples", lambda: bound(X, num_samples=0), ValueError, "num_samples must be an integer >= 1"),
+    Bad("chunk_size", lambda: bound(X, chunk_size=0), ValueError, "chunk_size must be an integer >= 1"),
+    Bad("Bound samples", lambda: ppd.Bound(KEY, num_samples=0), ValueError, "num_samples must be an integer >= 1"),
+    Bad(
+        "Importance trajectories",
+        lambda: ppd.Importance(KEY, 0),
+        ValueError,
+        "num_trajectories must be an integer >= 1",
+    ),
     # context
     Bad("fit context rows", lambda: fit(X, context=LABELS[:3]), ValueError, "context must have one row per datum"),
     Bad("fit context scalar", lambda: fit(X, context=1.0), ValueError, "context must have one row per datum"),

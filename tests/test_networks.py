@@ -107,9 +107,11 @@ def test_links_follow_the_parameterization(parameterization, links):
     ).network.module.outputs == ("unit",)
 
 
-def test_what_the_user_set_is_kept():
-    own = ppd.networks.MLP((5,), outputs=("real", "positive"), num_timesteps=9)
-    assert make(own).network.module is own
+def test_what_the_user_set_is_kept_where_it_fits():
+    own = ppd.networks.MLP((5,), num_timesteps=make(ppd.networks.MLP((5,))).num_timesteps)
+    assert make(own).network.module.num_timesteps == own.num_timesteps
+    with pytest.raises(ValueError, match="network has num_timesteps=9"):
+        make(ppd.networks.MLP((5,), num_timesteps=9))
 
 
 # --- the adapter ---------------------------------------------------------------------------------------------------

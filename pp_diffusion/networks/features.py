@@ -21,9 +21,10 @@ def sinusoids(x: Array, num_frequencies: int) -> Array:
 
 
 def context_features(context: Any, t: Array) -> list[Array]:
-    """Each array of the context as ``(*batch, k)`` floats.
+    """The arrays of the context, each ``(*batch, k)`` floats.
 
-    :raises ValueError: for integer labels, which have no scale.
+    :raises ValueError: for integer labels, which have no scale, and unless there is just one axis of features: then the
+        batch axes are known.
     """
     arrays = [jnp.asarray(c) for c in jax.tree.leaves(context)]
     for array in arrays:
@@ -32,4 +33,9 @@ def context_features(context: Any, t: Array) -> list[Array]:
                 f"context must be floating for a stock network; got {array.dtype}. "
                 "For labels use jax.nn.one_hot(labels, n)"
             )
-    return [a.reshape(*t.shape, -1) for a in arrays]
+        if array.ndim != t.ndim + 1:
+            raise ValueError(
+                f"context must have one axis of features behind its batch axes for a stock network; got "
+                f"{array.ndim - t.ndim} (for one covariate per datum use context[..., None])"
+            )
+    return arrays

@@ -1,0 +1,65 @@
+"""Covariates: which of their axes are batch axes, and what is refused."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pp_diffusion as ppd
+
+X = jax.random.normal(jax.random.key(0), (6, 2))
+
+
+def diffusion(network=None):
+    network = ppd.networks.MLP((4,)) if network is None else network
+    return ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(4), network)
+
+
+class Added(nn.Module):
+    """Adds its context to its state's features: any number of batch axes fits where the sizes happen to."""
+
+    @nn.compact
+    def __call__(self, x_t, t, context):
+        out = nn.Dense(4)(x_t) + nn.Dense(4)(context)
+        return out[..., :2], out[..., 2:]
+
+
+@pytest.mark.parametrize("num_features", [1, 2, 6])
+def test_one_axis_of_features(num_features):
+    """N rows of k covariates, for k = 1 and k = N as well, whose axes could be mistaken for each other."""
+    context = jax.random.normal(jax.random.key(1), (6, num_features))
+    params = diffusion().init_params(jax.random.key(2), context, 1)
+    for given, batch_shape in ((context, (6,)), (context[:1], (1,)), (context[0], ()), (context[None], (1, 6))):
+        assert diffusion().prior(params, context=given).batch_shape == batch_shape
+    bound = ppd.lower_bound(jax.random.key(3), diffusion().prior(params, context=context), X)
+    assert bound.value.shape == (6,)
+
+
+def test_ambiguous_context_has_to_be_told():
+    own = diffusion(Added())
+    params = own.init_params(jax.random.key(2), jnp.ones((5, 3)), 1)
+    assert own.prior(params, context=jnp.ones((5, 3))).batch_shape == (5,)
+    with pytest.raises(ValueError, match=r"context of shape \(3, 3\) is ambiguous.*context_event_dim"):
+        own.prior(params, context=jnp.ones((3, 3)))
+    assert own.prior(params, context=jnp.ones((3, 3)), context_event_dim=1).batch_shape == (3,)
+    with pytest.raises(ValueError, match="context_event_dim must be in"):
+        own.prior(params, context=jnp.ones((3, 3)), context_event_dim=3)
+
+
+def test_context_that_the_network_does_not_name():
+    own = diffusion(lambda x_t, t: (0 * x_t, 0 * x_t))
+    with pytest.raises(ValueError, match="does not name context"):
+        own.prior({}, context=jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="does not name context"):
+        ppd.fit(jax.random.key(0), own, X, context=jnp.ones((6, 1)), num_steps=1, batch_size=6, progress_bar=False)
+
+
+def test_context_that_is_missing_or_of_another_width():
+    params = diffusion().init_params(jax.random.key(2), jnp.ones((6, 3)), 1)
+    with pytest.raises(ValueError, match=r"params do not fit the network \(no context was given"):
+        diffusion().prior(params)
+    with pytest.raises(ValueError, match="params do not fit the network"):
+        diffusion().prior(params, context=jnp.ones((6, 2)))
+    with pytest.raises(ValueError, match=r"context must be floating"):
+        diffusion().prior(params, context=np.arange(6)[:, None])
