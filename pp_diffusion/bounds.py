@@ -139,7 +139,8 @@ class Bound(Frozen):
 
     def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
         """K of ``x`` under ``prior``, nats."""
-        rows, contexts, batch_shape = _as_rows(prior, prior.diffusion.check_data(x, "value"))
+        prior.diffusion.check_shape(x, "value")
+        rows, contexts, batch_shape = _as_rows(prior, prior.diffusion.kernel.as_state(x))
         estimator = _choose_estimator(None, prior.diffusion.kernel.is_discrete)
         out = _bound_of_rows(prior, rows, contexts, self.rng_key, estimator, self.num_samples)
         return out["value"].reshape(batch_shape)

@@ -372,11 +372,7 @@ class Diffusion(Frozen):
         """
         if x is None:
             raise ValueError(f"{name} must be data of shape (*batch, {_plain_shape(self.event_shape)}); got None")
-        shape = np.shape(x)
-        if len(shape) < self.kernel.event_ndim or shape[len(shape) - self.kernel.event_ndim :] != self.event_shape:
-            raise ValueError(f"{name} must have shape (*batch, {_plain_shape(self.event_shape)}); got {shape}")
-        if 0 in shape:
-            raise ValueError(f"{name} must hold at least one datum; got shape {shape}")
+        self.check_shape(x, name)
         if not isinstance(x, jax.core.Tracer):
             values = np.asarray(x)
             if values.dtype.kind not in "biuf" and values.dtype != jnp.bfloat16:
@@ -396,6 +392,17 @@ class Diffusion(Frozen):
             if not self.kernel.is_discrete:
                 self._check_in_model_space(values, name)
         return self.kernel.as_state(x)
+
+    def check_shape(self, x: Any, name: str = "x") -> None:
+        """Refuses what has not the shape of a batch of data.
+
+        :raises ValueError: naming the argument, what came and what was expected.
+        """
+        shape = np.shape(x)
+        if len(shape) < self.kernel.event_ndim or shape[len(shape) - self.kernel.event_ndim :] != self.event_shape:
+            raise ValueError(f"{name} must have shape (*batch, {_plain_shape(self.event_shape)}); got {shape}")
+        if 0 in shape:
+            raise ValueError(f"{name} must hold at least one datum; got shape {shape}")
 
     def to_model_space(self, x: Array) -> Array:
         """x in the model's space."""

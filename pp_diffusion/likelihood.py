@@ -37,7 +37,8 @@ class Importance(Frozen):
 
     def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
         """The estimate of log p(x) under ``prior``, nats."""
-        return _log_mean_weight(prior, prior.diffusion.check_data(x, "value"), self.rng_key, self.num_trajectories)
+        prior.diffusion.check_shape(x, "value")
+        return _log_mean_weight(prior, prior.diffusion.kernel.as_state(x), self.rng_key, self.num_trajectories)
 
 
 @partial(jax.jit, static_argnames="num_trajectories")
