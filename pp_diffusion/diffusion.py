@@ -2,6 +2,7 @@ r"""A diffusion as NumPyro programs: whole trajectories under any ELBO, and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,8 +28,12 @@ from pp_diffusion.trajectories import (
     ReverseTrajectory,
     fixed_terms,
     step_cost,
+    step_squared_error,
 )
 from pp_diffusion.transforms import check_precision, check_transform, data_support, in_data_units, log_abs_det
+
+#: The share of training's steps that is drawn uniformly; it bounds the others' weights by its inverse.
+UNIFORM_SHARE = 0.2
 
 
 class Diffusion(Frozen):
@@ -282,44 +287,37 @@ class Diffusion(Frozen):
 
         For :class:`~numpyro.infer.Trace_ELBO` and :class:`~numpyro.infer.TraceMeanField_ELBO`, which give the same.
         :class:`~numpyro.infer.RenyiELBO` raises: a log of a mean does not separate over the steps. Each datum gets
-        times of its own, stratified over the batch; KLs are analytic.
+        times of its own, drawn by their importance and stratified over the batch; KLs are analytic.
 
         :param x: data of shape ``(N, *event_shape)``, or one datum.
         :param context: covariates, an array (or pytree) with N as its first axis.
         :param batch_size: rows drawn per evaluation, with replacement; ``None`` takes all.
         :param num_times: time steps drawn per row, evaluated in one network call.
         """
-        x = self._check_rows_or_one(x)
-        num_times = positive_int("num_times", num_times)
-        rng_key = numpyro.prng_key()
-        if rng_key is None:
-            raise ValueError("bound_model draws rows and times: run it under numpyro.handlers.seed or in SVI")
-        row_key, time_key, noise_key, end_key = jax.random.split(rng_key, 4)
-        single = x.ndim == self.kernel.event_ndim
-        x, context = (x[None], jax.tree.map(lambda c: jnp.asarray(c)[None], context)) if single else (x, context)
-        self._check_rows(len(x), context, batch_size)
-        process = self._process(context, 1)
-        with self._data_plate(row_key, len(x), batch_size) as rows:
-            x, process = x[rows], process.with_context(_take(context, rows))
-            z = self.to_model_space(x)
-            last, prior_kl = fixed_terms(end_key, process, z)
-            numpyro.factor(
-                f"{self.name}.ends", last - prior_kl - log_abs_det(self.transform, z, x, self.kernel.event_ndim)
-            )
-            num_steps = process.num_timesteps - process.first_network_step
-            if num_steps:
-                index = process.first_network_step + stratified_times(time_key, len(rows), num_times, num_steps)
-                cost = step_cost(noise_key, process, jnp.broadcast_to(z, (num_times, *z.shape)), index)
-            else:
-                cost = jnp.zeros((num_times, len(rows)))
-            # A plate that is always subsampled, also when all steps are drawn: RenyiELBO then refuses this program.
-            size = max(num_steps, num_times + 1)
-            drawn = {f"{self.name}.time": jnp.arange(num_times)}
-            with handlers.substitute(data=drawn), numpyro.plate(f"{self.name}.time", size, num_times, dim=-2):
-                numpyro.factor(f"{self.name}.steps", -cost * (num_steps / size))
+        self._subsampled_model(x, context, batch_size, num_times, step_cost, with_ends=True)
 
     def bound_guide(self, x: Any, *, context: Any = None, batch_size: int | None = None, num_times: int = 1) -> None:
         """The guide of :meth:`bound_model`: empty, for all latents are drawn inside and enter by factors."""
+
+    def mse_model(self, x: Any, *, context: Any = None, batch_size: int | None = None, num_times: int = 1) -> None:
+        r"""Squared errors: :math:`-\sum_t E \lVert x_{t-1} - f_\mu(x_t, t) \rVert^2`, in the model's space.
+
+        Data and time steps are subsampled as in :meth:`bound_model`; the guide is :meth:`bound_guide`.
+
+        The objective of later practice; no bound. The irreducible part, the variance of
+        :math:`q(x_{t-1} \mid x_t, x_0)`, is left out. :math:`f_\Sigma` gets no gradient and stays at its start:
+        :math:`\beta_t` with the stock networks (but for ``"direct"``). For binomial kernels :math:`f_b` stands for
+        :math:`f_\mu`.
+
+        :param x: data of shape ``(N, *event_shape)``, or one datum.
+        :param context: covariates, an array (or pytree) with N as its first axis.
+        :param batch_size: rows drawn per evaluation, with replacement; ``None`` takes all.
+        :param num_times: time steps drawn per row, evaluated in one network call.
+        :raises ValueError: where the schedule is learned: the errors vanish with the rates.
+        """
+        if self.schedule.init_params() is not None:
+            raise ValueError("schedule must be fixed for squared errors, which vanish with the rates; it is learned")
+        self._subsampled_model(x, context, batch_size, num_times, step_squared_error, with_ends=False)
 
     def prior(
         self,
@@ -414,6 +412,46 @@ class Diffusion(Frozen):
     def _path_dims(self) -> list[str]:
         return ["step", *(f"x_dim_{i}" for i in range(self.kernel.event_ndim))]
 
+    def _subsampled_model(
+        self,
+        x: Any,
+        context: Any,
+        batch_size: int | None,
+        num_times: int,
+        cost_of: Callable[[Array, ReverseProcess, Array, Array], Array],
+        *,
+        with_ends: bool,
+    ) -> None:
+        """Minus the sum of ``cost_of`` over data and steps, both subsampled, as factors."""
+        x = self._check_rows_or_one(x)
+        num_times = positive_int("num_times", num_times)
+        rng_key = numpyro.prng_key()
+        if rng_key is None:
+            raise ValueError("rows and times are drawn here: run it under numpyro.handlers.seed or in SVI")
+        row_key, time_key, noise_key, end_key = jax.random.split(rng_key, 4)
+        single = x.ndim == self.kernel.event_ndim
+        x, context = (x[None], jax.tree.map(lambda c: jnp.asarray(c)[None], context)) if single else (x, context)
+        self._check_rows(len(x), context, batch_size)
+        process = self._process(context, 1)
+        with self._data_plate(row_key, len(x), batch_size) as rows:
+            x, process = x[rows], process.with_context(_take(context, rows))
+            z = self.to_model_space(x)
+            if with_ends:
+                last, prior_kl = fixed_terms(end_key, process, z)
+                jacobian = log_abs_det(self.transform, z, x, self.kernel.event_ndim)
+                numpyro.factor(f"{self.name}.ends", last - prior_kl - jacobian)
+            num_steps = process.num_timesteps - process.first_network_step
+            if num_steps:
+                index, weight = draw_steps(time_key, process, len(rows), num_times)
+                cost = weight * cost_of(noise_key, process, jnp.broadcast_to(z, (num_times, *z.shape)), index)
+            else:
+                cost = jnp.zeros((num_times, len(rows)))
+            # A plate that is always subsampled, also when all steps are drawn: RenyiELBO then refuses this program.
+            size = max(num_steps, num_times + 1)
+            drawn = {f"{self.name}.time": jnp.arange(num_times)}
+            with handlers.substitute(data=drawn), numpyro.plate(f"{self.name}.time", size, num_times, dim=-2):
+                numpyro.factor(f"{self.name}.steps", -cost * (num_steps / size))
+
     def _param_sites(self, context: Any, context_batch_ndim: int) -> dict[str, Any]:
         """The parameters, declared as ``numpyro.param`` sites."""
         params = {self.schedule_site: self._schedule_param()}
@@ -489,14 +527,38 @@ class Diffusion(Frozen):
         check_context_rows(context, num_rows)
 
 
+def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_times: int) -> tuple[Array, Array]:
+    r"""Indices of steps that the network describes, of shape ``(num_times, batch_size)``, and their weights.
+
+    Drawn by :meth:`Kernel.step_importance` mixed with the uniform law, so that a step that matters T times more than
+    the others (a t = 1 by the network) is not drawn once in T; the weights make every estimate unbiased. Stratified as
+    :func:`stratified_places`; if all steps can be drawn for each datum, each is drawn equally often.
+    """
+    first = process.first_network_step
+    num_steps = process.num_timesteps - first
+    if num_times >= num_steps:
+        return first + stratified_times(rng_key, batch_size, num_times, num_steps), jnp.ones(())
+    importance = jax.lax.stop_gradient(process.kernel.step_importance(process.rates.at(slice(first, None))))
+    shares = UNIFORM_SHARE / num_steps + (1 - UNIFORM_SHARE) * importance / importance.sum()
+    places = stratified_places(rng_key, batch_size, num_times)
+    index = jnp.searchsorted(jnp.cumsum(shares)[:-1], places, side="right")
+    return first + index, 1 / (num_steps * shares[index])
+
+
 def stratified_times(rng_key: Array, batch_size: int, num_times: int, num_steps: int) -> Array:
     """Indices 0…num_steps-1 of shape ``(num_times, batch_size)``, each uniform, spread evenly within every column and
     over the batch (with ``num_times == num_steps`` every column holds each step once)."""
+    places = stratified_places(rng_key, batch_size, num_times)
+    return jnp.minimum((places * num_steps).astype(int), num_steps - 1)
+
+
+def stratified_places(rng_key: Array, batch_size: int, num_times: int) -> Array:
+    """Numbers in [0, 1) of shape ``(num_times, batch_size)``, each uniform, spread evenly within every column and over
+    the batch."""
     turn_key, place_key = jax.random.split(rng_key)
     turn = jax.random.randint(turn_key, (), 0, batch_size)
     place = ((jnp.arange(batch_size) + turn) % batch_size + jax.random.uniform(place_key, (batch_size,))) / batch_size
-    times = (jnp.arange(num_times)[:, None] + place) / num_times
-    return jnp.minimum((times * num_steps).astype(int), num_steps - 1)
+    return (jnp.arange(num_times)[:, None] + place) / num_times
 
 
 def check_context_rows(context: Any, num_rows: int) -> None:

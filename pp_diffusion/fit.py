@@ -28,6 +28,7 @@ from pp_diffusion.units import nats_to_bits
 if TYPE_CHECKING:
     import optax  # where it is used: half of what our import costs beside NumPyro's and Flax's
 
+Objective = Literal["bound", "mse"]
 MAX_UPDATES_PER_DISPATCH = 1000
 SECONDS_PER_DISPATCH = 0.5
 
@@ -51,7 +52,8 @@ class FitResult:
 
     :ivar diffusion: the diffusion that was trained.
     :ivar params: the trained parameters by site name, averaged where averaging is on; every figure is theirs.
-    :ivar losses: −K per datum of each update's batch, in nats, at that update's own parameters.
+    :ivar losses: −K per datum of each update's batch, in nats, at that update's own parameters; squared errors with
+        ``objective="mse"``.
     :ivar state: to go on training with, ``fit(..., state=result.state)``.
     """
 
@@ -60,6 +62,7 @@ class FitResult:
     losses: np.ndarray = field(repr=False)
     state: FitState = field(repr=False)
     needs_context: bool = field(default=False, repr=False)
+    objective: Objective = "bound"
 
     @property
     def prior(self) -> DiffusionPrior:
@@ -90,7 +93,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     context: Any = None,
     num_times: int = 1,
-    objective: Literal["bound"] = "bound",
+    objective: Objective = "bound",
     average: float | None = 0.999,
     state: FitState | None = None,
     progress_bar: bool = True,
@@ -111,7 +114,8 @@ def fit(
     :param optimizer: an optax optimiser; the default is Adam with warm-up, cosine decay to zero, and clipped gradients.
     :param context: covariates of an array's rows.
     :param int num_times: time steps drawn per row and update.
-    :param objective: ``"bound"``, the paper's K.
+    :param objective: ``"bound"``, the paper's K; or ``"mse"``, the squared error of :math:`f_\mu` summed over steps
+        (:meth:`Diffusion.mse_model`), for comparison: a model trained so has a lower K.
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
     :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).
@@ -134,8 +138,8 @@ def fit(
     """
     import optax
 
-    if objective != "bound":
-        raise ValueError(f"objective must be 'bound'; got {objective!r}")
+    if objective not in ("bound", "mse"):
+        raise ValueError(f"objective must be 'bound' or 'mse'; got {objective!r}")
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
@@ -144,8 +148,10 @@ def fit(
         raise TypeError(f"optimizer must be an optax optimizer or None; got {type(optimizer).__name__}")
     if average is not None and not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
+    if objective == "mse" and diffusion.schedule.init_params() is not None:
+        raise ValueError("objective must be 'bound' for a learned schedule: squared errors vanish with the rates")
     source = _source(diffusion, data, context, batch_size, rng_key)
-    settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw)
+    settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw, objective)
     init_key, _ = jax.random.split(rng_key)
     if state is None:
         state = _init(diffusion, source.example, init_key, settings)
@@ -174,7 +180,7 @@ def fit(
                     raise _non_finite(new_losses, done, trained)
                 state, done = next_state, done + updates
                 losses.append(new_losses)
-                _report(bar, updates, losses)
+                _report(bar, updates, losses, objective)
                 if done > 1:  # not while compiling
                     updates = int(np.clip(updates * SECONDS_PER_DISPATCH / max(seconds, 1e-9), 1, 4 * updates + 8))
                 updates = min(max(updates, 8), MAX_UPDATES_PER_DISPATCH)
@@ -191,19 +197,21 @@ class _Settings(NamedTuple):
     num_times: int
     average: float | None
     draw: Callable[[Array], Any] | None
+    objective: Objective
 
 
 def _default_optimizer(num_steps: Array) -> optax.GradientTransformation:
     """Adam with warm-up and cosine decay over ``num_steps``, which may be traced."""
     import optax
 
-    shape = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=50, decay_steps=1000)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=50, decay_steps=1000)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda step: shape(step * 1000 / num_steps)))
 
 
 def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int, num_steps: Array | int = 1) -> SVI:
     # per datum, so that losses, clipping and learning rates mean the same for any N
-    model = handlers.scale(diffusion.bound_model, scale=1 / num_rows)
+    program = diffusion.bound_model if settings.objective == "bound" else diffusion.mse_model
+    model = handlers.scale(program, scale=1 / num_rows)
     optimizer = settings.optimizer or _default_optimizer(num_steps)
     return SVI(model, diffusion.bound_guide, optimizer, Trace_ELBO())
 
@@ -373,12 +381,13 @@ def _result(
     else:
         params = state.average
     all_losses = np.concatenate(losses) if losses else np.zeros(0)
-    return FitResult(diffusion, params, all_losses, state, needs_context=source.example[1] is not None)
+    return FitResult(diffusion, params, all_losses, state, source.example[1] is not None, settings.objective)
 
 
-def _report(bar: tqdm, updates: int, losses: list[np.ndarray]) -> None:
+def _report(bar: tqdm, updates: int, losses: list[np.ndarray], objective: Objective) -> None:
     recent = -float(np.mean(np.concatenate(losses[-10:])[-1000:]))
-    bar.set_postfix_str(f"K = {recent:.4g} nats = {nats_to_bits(recent):.4g} bits", refresh=False)
+    reached = f"K = {recent:.4g} nats = {nats_to_bits(recent):.4g} bits"
+    bar.set_postfix_str(reached if objective == "bound" else f"squared error = {-recent:.4g}", refresh=False)
     bar.update(updates)
 
 

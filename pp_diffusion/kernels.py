@@ -123,6 +123,13 @@ class Kernel(Frozen):
         x_1 = self.as_state(self.marginal(x_0, rates.log_snr).sample(rng_key))
         return self.transition(x_1, rates.beta).log_prob(x_0)
 
+    def step_importance(self, rates: Rates) -> Array:
+        """How often training should draw each step, up to a factor: about the size of its loss's gradient.
+
+        It changes the variance of the estimate of K and of its gradient, never their mean. The default is uniform.
+        """
+        return jnp.ones_like(rates.drop)
+
     def null_log_prob(self, x_0: Array) -> Array:
         r""":math:`\log \pi(x_0)`; its mean over data is the paper's :math:`L_{null}`."""
         return self.stationary().log_prob(x_0)
@@ -193,6 +200,10 @@ class GaussianKernel(Kernel):
         log_snr = self.over_events(log_snr)
         alpha_bar = jax.nn.sigmoid(log_snr)
         return self.sum_events(0.5 * (alpha_bar * (x_0**2 - 1) - jnp.log1p(-jnp.minimum(alpha_bar, _ALMOST_ONE))))
+
+    def step_importance(self, rates: Rates) -> Array:
+        # the KL's derivative by v is this times v's error, which is of order one at all noise levels
+        return rates.innovation * rates.previous_alpha_bar
 
     def expected_last_step(self, rng_key: Array, x_0: Array, rates: Rates) -> Array:
         beta = self.over_events(rates.beta)

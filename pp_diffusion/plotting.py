@@ -89,20 +89,21 @@ def trajectories(rng_key: Array, prior: DiffusionPrior, data: Any, *, num_points
 
 
 def losses(result: Any, *, window: int = 100) -> Figure:
-    """The bound over training: each update's batch, and a running mean.
+    """The objective over training (the bound K, unless trained otherwise): each update's batch, and a running mean.
 
     :param result: what :func:`~pp_diffusion.fit` returned.
     :param window: updates in the running mean.
     """
-    bound = -np.asarray(result.losses)
+    is_bound = result.objective == "bound"
+    bound = -np.asarray(result.losses) if is_bound else np.asarray(result.losses)
     figure, axes = _subplots(1, 1, 4.0)
     axis = axes[0][0]
     axis.plot(np.arange(1, len(bound) + 1), bound, lw=0.3, alpha=0.4, label="one batch")
     if len(bound) >= window:
         mean = np.convolve(bound, np.ones(window) / window, mode="valid")
         axis.plot(np.arange(window, len(bound) + 1), mean, label=f"mean of {window}")
-    low, high = np.quantile(bound, [0.02, 1.0])
-    axis.set(xlabel="update", ylabel="K (nats)", ylim=(low, high))
+    limits = np.quantile(bound, [0.02, 1.0] if is_bound else [0.0, 0.98])
+    axis.set(xlabel="update", ylabel="K (nats)" if is_bound else "squared error", ylim=tuple(limits))
     axis.legend()
     return figure
 

@@ -314,6 +314,14 @@ def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array)
     return jnp.where(index == 0, last, kl)
 
 
+def step_squared_error(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array) -> Array:
+    r""":math:`\lVert E[x_{t-1} \mid x_t, x_0] - f_\mu(x_t, t) \rVert^2` at a fresh :math:`x_t`; arguments as for
+    :func:`step_cost`."""
+    kernel, rates = process.kernel, process.rates.at(index)
+    x_t = kernel.as_state(kernel.marginal(x_0, rates.log_snr).sample(rng_key))
+    return kernel.sum_events((kernel.posterior(x_t, x_0, rates).mean - process(x_t, rates).mean) ** 2)
+
+
 def fixed_terms(rng_key: Array, process: ReverseProcess, x_0: Array) -> tuple[Array, Array]:
     r"""The bound's ends: :math:`E \log T_\pi(x_0 \mid x_1)` and KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`), in nats.
 

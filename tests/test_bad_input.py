@@ -243,7 +243,7 @@ CASES = [
     Bad("batch_size", lambda: fit(X, batch_size=0), ValueError, "batch_size must be an integer >= 1"),
     Bad("fit num_times", lambda: fit(X, num_times=0), ValueError, "num_times"),
     Bad("average", lambda: fit(X, average=1.0), ValueError, "average must be in"),
-    Bad("objective", lambda: fit(X, objective="score"), ValueError, "objective must be 'bound'"),
+    Bad("objective", lambda: fit(X, objective="score"), ValueError, "objective must be 'bound' or 'mse'"),
     Bad("model batch_size 0", lambda: program("model", X, batch_size=0), ValueError, "batch_size must be an integer"),
     Bad("model batch_size", lambda: program("model", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
     Bad("guide batch_size", lambda: program("guide", X, batch_size=5), ValueError, "batch_size must be in 1…4"),

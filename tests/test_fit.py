@@ -246,7 +246,7 @@ def test_interrupt_returns_what_was_trained():
         ({"batch_size": 0}, "batch_size"),
         ({"num_times": 1.5}, "num_times"),
         ({"average": 1.0}, "average"),
-        ({"objective": "mse"}, "objective"),
+        ({"objective": "score"}, "objective"),
         ({"context": jnp.ones(7)}, "context"),
         ({"data": jnp.ones((0, 2))}, "data"),
         ({"data": jnp.ones(2)}, "data must have shape"),
