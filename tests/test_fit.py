@@ -266,3 +266,20 @@ def test_bad_input_is_refused_before_anything_compiles(settings, message):
 def test_data_of_no_known_form():
     with pytest.raises(TypeError, match="data must be an array, an iterable of batches or a function"):
         fit(3.0)
+
+
+def test_squared_errors_train_the_mean_and_leave_the_variance(capsys):
+    """objective="mse": the errors fall, K rises, and the variance stays beta_t, where the readout started it."""
+    data = jax.random.normal(jax.random.key(0), (500, 2)) * jnp.array([0.3, 0.5]) + jnp.array([1.0, -0.5])
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20, 0.01), ppd.networks.MLP((16,)))
+    result = ppd.fit(jax.random.key(1), diffusion, data, num_steps=300, batch_size=100, objective="mse")
+    assert "squared error" in capsys.readouterr().err
+    assert result.objective == "mse" and result.losses.min() > 0
+    assert result.losses[-50:].mean() < 0.7 * result.losses[:50].mean()
+    start = diffusion.prior(diffusion.init_params(jax.random.key(1)))
+    before, after = (ppd.lower_bound(jax.random.key(2), p, data).value.mean() for p in (start, result.prior))
+    assert after > before + 0.1
+    process = result.prior.process
+    step = process(data, process.rates.at(5))
+    np.testing.assert_allclose(step.base_dist.scale**2, process.rates.beta[5], rtol=1e-5)
+    assert ppd.plotting.losses(result, window=10).axes[0].get_ylabel() == "squared error"

@@ -21,7 +21,7 @@ from numpyro.infer import (
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from pp_diffusion.diffusion import stratified_times
+from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps, stratified_times
 from pp_diffusion.trajectories import fixed_terms, step_cost
 
 SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
@@ -322,6 +322,80 @@ def test_every_time_is_uniform():
     )
     for k in range(3):
         np.testing.assert_allclose(np.bincount(single[:, 0, k]) / num, 0.2, atol=0.02)
+
+
+def test_steps_are_drawn_by_their_importance_and_weighted_back():
+    """For any function of the step, the weighted mean over draws is its mean over steps; T = 9 is not symmetric."""
+    kernel, schedule = ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(9, 0.01, -3.0)
+    for last_step, first in (("kernel", 1), ("network", 0)):
+        diffusion = ppd.Diffusion(kernel, schedule, ppd.networks.MLP((4,)), last_step=last_step)
+        process = diffusion.reverse_process(diffusion.init_params(jax.random.key(0)))
+        rates = process.rates.at(slice(first, None))
+        importance = np.asarray(kernel.step_importance(rates))
+        shares = UNIFORM_SHARE / len(importance) + (1 - UNIFORM_SHARE) * importance / importance.sum()
+        draw = jax.jit(jax.vmap(lambda key, process=process: draw_steps(key, process, 16, 2)))
+        index, weight = map(np.asarray, draw(jax.random.split(jax.random.key(1), 4_000)))
+        assert index.min() == first and index.max() == 8
+        assert weight.max() <= 1 / UNIFORM_SHARE + 1e-5
+        np.testing.assert_allclose(np.bincount(index.ravel(), minlength=9)[first:] / index.size, shares, atol=0.002)
+        for function in (np.arange(9.0), np.exp(-np.arange(9.0))):
+            np.testing.assert_allclose((weight * function[index]).mean(), function[first:].mean(), rtol=0.01)
+        if first == 0:  # a t = 1 by the network counts like an e-fold of noise, not like one step of many
+            assert shares[0] == shares.max()
+
+
+def test_all_steps_are_drawn_once_where_they_can_be():
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,)))
+    process = diffusion.reverse_process(diffusion.init_params(jax.random.key(0)))
+    index, weight = draw_steps(jax.random.key(1), process, 3, 5)
+    np.testing.assert_array_equal(np.sort(index, 0), np.broadcast_to(np.arange(1, 6)[:, None], (5, 3)))
+    assert weight == 1
+
+
+# --- squared errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last_step", ["kernel", "network"])
+def test_squared_errors_are_those_of_the_mean(last_step):
+    """Against a sum by hand, over all steps: f_mu is 0.3 x_t, so that the error has a closed form."""
+    kernel, schedule = ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.3, 0.6])
+    diffusion = ppd.Diffusion(
+        kernel, schedule, lambda x_t, t: (0.3 * x_t, jnp.ones_like(x_t)), parameterization="direct", last_step=last_step
+    )
+    x_0 = np.array([1.2, -0.4])
+    retained = 1 - np.array([0.1, 0.3, 0.6])
+    alpha_bar = np.cumprod(retained)
+    previous = np.concatenate([[1.0], alpha_bar[:-1]])
+    expected = 0.0
+    for t in range(1 if last_step == "kernel" else 0, 3):
+        from_x_0 = np.sqrt(previous[t]) * (1 - retained[t]) / (1 - alpha_bar[t])
+        from_x_t = np.sqrt(retained[t]) * (1 - previous[t]) / (1 - alpha_bar[t]) - 0.3
+        mean = from_x_0 * x_0 + from_x_t * np.sqrt(alpha_bar[t]) * x_0
+        expected += (mean**2).sum() + 2 * from_x_t**2 * (1 - alpha_bar[t])
+    data = jnp.broadcast_to(jnp.asarray(x_0, float), (20_000, 2))
+    loss = Trace_ELBO().loss(jax.random.key(0), {}, diffusion.mse_model, diffusion.bound_guide, data)
+    np.testing.assert_allclose(loss / len(data), expected, rtol=0.02)
+
+
+def test_squared_errors_of_bits():
+    """For binomial kernels f_b is the mean; with the exact posterior's own f_b nothing is left."""
+    kernel, schedule = ppd.BinomialKernel((3,), probs=0.3), ppd.FixedSchedule([0.2, 0.4, 0.5])
+    datum = jnp.array([1.0, 0.0, 1.0])
+    sure = ppd.Diffusion(kernel, schedule, lambda x_t, t: 60.0 * (2 * datum - 1) + 0 * x_t)
+    coin = ppd.Diffusion(kernel, schedule, lambda x_t, t: 0 * x_t)
+    data = jnp.broadcast_to(datum, (50, 3))
+    losses = [
+        Trace_ELBO().loss(jax.random.key(0), {}, d.mse_model, d.bound_guide, data, num_times=2) for d in (sure, coin)
+    ]
+    assert losses[0] < 1e-6 < 0.1 < losses[1] / len(data)
+
+
+def test_squared_errors_cannot_learn_a_schedule():
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.LearnedSchedule(5, 0.01), ppd.networks.MLP((4,)))
+    with pytest.raises(ValueError, match="schedule must be fixed"):
+        diffusion.mse_model(jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="objective must be 'bound' for a learned schedule"):
+        ppd.fit(jax.random.key(0), diffusion, jnp.eye(2), num_steps=1, objective="mse")
 
 
 def test_times_per_datum_lower_the_gradients_variance():
