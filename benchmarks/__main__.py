@@ -1,0 +1,42 @@
+"""All side-by-side measurements in one table: ``python -m benchmarks [--small] [--only NAME,...]``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks import flow, naive_numpyro, precision, sampling, training_step
+from benchmarks.timing import CAPTION, Row, as_markdown, as_text
+
+
+def main() -> None:
+    """Measures, then prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--only", help="some of training_step, sampling, naive_numpyro, precision, flow, by commas")
+    parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
+    parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
+    parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder for the figure of flow")
+    args = parser.parse_args()
+    comparisons: dict[str, Callable[[bool], list[Row]]] = {
+        "training_step": training_step.rows,
+        "sampling": sampling.rows,
+        "naive_numpyro": naive_numpyro.rows,
+        "precision": precision.rows,
+        "flow": partial(flow.rows, fresh=args.fresh, figures=args.figures),
+    }
+    names = args.only.split(",") if args.only else list(comparisons)
+    if unknown := set(names) - set(comparisons):
+        parser.error(f"--only takes {', '.join(comparisons)}; got {', '.join(sorted(unknown))}")
+    table = []
+    for name in names:
+        print(f"{name} …", flush=True)
+        table += comparisons[name](args.small)
+    print("\n" + (as_markdown if args.markdown else as_text)(table))
+    print("\n" + CAPTION)
+
+
+if __name__ == "__main__":
+    main()

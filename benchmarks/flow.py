@@ -1,0 +1,143 @@
+"""Swiss roll: bits of gap to the exact density against seconds, ours and flowjax's masked autoregressive spline flow.
+
+Same data, same test points, same run. Ours is the gap of a bound K, the flow's that of its exact log p.
+Run alone: ``python -m benchmarks --only flow [--fresh] [--figures DIR]``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+
+import pp_diffusion as ppd
+from benchmarks.setting import BATCH, diffusion, swiss_roll
+from benchmarks.timing import Row, Sides, Spread, not_run, seconds
+from pp_diffusion.datasets.swiss_roll import sample_swiss_roll
+
+
+class Trained(NamedTuple):
+    """A density that was trained.
+
+    :ivar gap: bits below the exact log density, the mean over test points; ``error`` is its standard error.
+    :ivar seconds: of training, without ``compile``.
+    """
+
+    what: str
+    seconds: float
+    compile: float
+    gap: float
+    error: float
+
+
+def rows(small: bool, *, fresh: bool = False, figures: Path | None = None) -> list[Row]:
+    """A row per length of our training, each against the flow's longest.
+
+    :param fresh: both learn from endless fresh points instead of the same 50 000 over and over.
+    """
+    try:
+        import flowjax  # noqa: F401
+    except ImportError:
+        return [not_run("swiss roll: ours / masked autoregressive spline flow", "flowjax is not installed")]
+    data, num_timesteps = swiss_roll(small), 20 if small else 1000
+    theirs = [train_flow(data, epochs, small, fresh) for epochs in ((1,) if small else (3, 10, 30))]
+    lengths = (20,) if small else (3_000, 10_000, 40_000)
+    last_steps: tuple[Literal["kernel", "network"], ...] = ("network",) if small else ("kernel", "network")
+    ours = {
+        last_step: [train_ours(data, num_timesteps, last_step, updates, fresh) for updates in lengths]
+        for last_step in last_steps
+    }
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        curves = {f"ours, last step by the {step}: K": curve for step, curve in ours.items()}
+        draw(curves | {"spline flow: log p": theirs}).savefig(figures / "gap_against_seconds.png")
+    flow, points = theirs[-1], "fresh points" if fresh else f"{len(data.train)} points"
+    return [
+        Row(
+            f"swiss roll, {points}: {one.what} / {flow.what}",
+            Sides(one.seconds, flow.seconds),
+            Spread(*(one.seconds / flow.seconds,) * 3),
+            Sides(one.compile, flow.compile),
+            note=f"gap {one.gap:.4f} ± {one.error:.4f} / {flow.gap:.4f} ± {flow.error:.4f} bits",
+        )
+        for curve in ours.values()
+        for one in curve
+    ]
+
+
+def train_ours(
+    data: ppd.datasets.Dataset, num_timesteps: int, last_step: Literal["kernel", "network"], updates: int, fresh: bool
+) -> Trained:
+    """Ours, after so many updates."""
+    program = diffusion(num_timesteps, data.train, last_step=last_step)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(500, updates // 2), updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    source = _draw_batch if fresh else data.train
+    fit = partial(ppd.fit, jax.random.key(1), program, source, batch_size=BATCH, num_times=2, optimizer=optimizer)
+    compiling = seconds(lambda: fit(num_steps=1, progress_bar=False).state)
+    results: list[ppd.FitResult] = []
+    training = seconds(lambda: results.append(fit(num_steps=updates, progress_bar=False)))
+    bound = ppd.lower_bound(jax.random.key(2), results[0].prior, data.test, num_samples=2)
+    what = f"T = {num_timesteps}, last step by the {last_step}, {updates} updates"
+    return Trained(what, training, compiling, *_gap(data, bound.value))
+
+
+def train_flow(data: ppd.datasets.Dataset, epochs: int, small: bool, fresh: bool) -> Trained:
+    """The flow, after so many passes over the data; with fresh points, one pass over as many times more."""
+    import equinox as eqx
+    from flowjax.bijections import RationalQuadraticSpline
+    from flowjax.distributions import Normal
+    from flowjax.flows import masked_autoregressive_flow
+    from flowjax.train import fit_to_data
+    from flowjax.train.losses import MaximumLikelihoodLoss
+
+    units = ppd.standardize(data.train)
+    num_train = len(data.train)
+    z = units._inverse(sample_swiss_roll(jax.random.key(5), num_train * epochs) if fresh else data.train)
+    flow = masked_autoregressive_flow(
+        jax.random.key(3),
+        base_dist=Normal(jnp.zeros(2)),
+        transformer=RationalQuadraticSpline(knots=8, interval=4),
+        flow_layers=2 if small else 8,
+        nn_width=64,
+        nn_depth=2,
+    )
+    # one optimiser and one loss, so that the first pass compiles for all
+    settings: dict[str, Any] = {"optimizer": optax.adam(2e-3), "loss_fn": MaximumLikelihoodLoss()}
+    settings |= {"batch_size": BATCH, "max_patience": 100, "val_prop": 0.02, "show_progress": False}
+    fit = partial(fit_to_data, jax.random.key(4), flow, **settings)
+    first = seconds(lambda: fit(z[:num_train], max_epochs=1)[1]["train"])
+    results: list[Any] = []
+    training = seconds(lambda: results.append(fit(z, max_epochs=1 if fresh else epochs)[0]))
+    log_prob = eqx.filter_jit(results[0].log_prob)(units._inverse(data.test)) - jnp.sum(jnp.log(units.scale))
+    what = f"spline flow, {num_train * epochs} points" if fresh else f"spline flow, {epochs} epoch{'s' * (epochs > 1)}"
+    return Trained(what, training, max(first - training / epochs, 0), *_gap(data, log_prob))
+
+
+def draw(curves: dict[str, list[Trained]]) -> Figure:
+    """Bits of gap against seconds of training."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        gaps, errors = [one.gap for one in curve], [one.error for one in curve]
+        axes.errorbar([one.seconds for one in curve], gaps, errors, marker="o", capsize=3, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="bits below the exact log density")
+    axes.legend()
+    return figure
+
+
+def _draw_batch(rng_key: Array) -> Array:
+    return sample_swiss_roll(rng_key, BATCH)
+
+
+def _gap(data: ppd.datasets.Dataset, log_prob: Array) -> tuple[float, float]:
+    assert data.log_prob is not None
+    bits = np.asarray(ppd.units.nats_to_bits(data.log_prob(data.test) - log_prob), dtype=np.float64)
+    return float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(bits.size))

@@ -1,0 +1,165 @@
+"""The comparators compute what we compute; the table holds together. No test asserts a time."""
+
+import sys
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.util import log_density
+
+import pp_diffusion as ppd
+from benchmarks import flow, naive_numpyro, precision, sampling, setting, timing, training_step
+from benchmarks.__main__ import main
+from benchmarks.reference import handwritten
+from benchmarks.reference import naive_numpyro as naive
+from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps
+from pp_diffusion.trajectories import fixed_terms, step_cost
+
+
+@cache
+def at_random(num_timesteps):
+    """A diffusion with parameters that do something, the reference's constants and weights, and points."""
+    train = ppd.datasets.swiss_roll(jax.random.key(0), 200, 1).train
+    program = setting.diffusion(num_timesteps, train)
+    params = program.init_params(jax.random.key(1))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = tree.unflatten([a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+    return program, params, setting.chain(num_timesteps), setting.as_weights(params), train
+
+
+def test_handwritten_draws_steps_as_ours_and_its_loss_is_ours():
+    program, params, chain, weights, train = at_random(7)
+    process, z = program.reverse_process(params), program.to_model_space(train)
+    key = jax.random.key(3)
+    for num_times in (1, 3):
+        index, weight = draw_steps(key, process, len(z), num_times)
+        np.testing.assert_allclose(weight * 6, 1 / chain.shares[index], rtol=1e-5)
+        draw = jax.jit(jax.vmap(lambda k, n=num_times: handwritten.draw(k, chain, n, 50)[0]))
+        drawn = draw(jax.random.split(key, 400))
+        counts = np.bincount(np.asarray(drawn).ravel(), minlength=7)
+        np.testing.assert_allclose(counts / drawn.size, chain.shares, atol=0.01)
+
+        @jax.jit
+        def both(index, weight, num_times=num_times):
+            noise_key = jax.random.key(4)
+            rows = jnp.broadcast_to(z, (num_times, *z.shape))
+            x_t = process.kernel.marginal(rows, process.rates.at(index).log_snr).sample(noise_key)
+            noise = (x_t - chain.signal[index][..., None] * rows) / chain.noise[index][..., None]  # of our own draw
+            last, prior_kl = fixed_terms(noise_key, process, z)
+            ours = jnp.mean(6 * weight * step_cost(noise_key, process, rows, index)) + jnp.mean(prior_kl - last)
+            return ours, handwritten.loss(weights, chain, z, index, noise)
+
+        ours, theirs = both(index, weight)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    assert UNIFORM_SHARE == 0.2  # the reference's default
+
+
+def test_a_handwritten_reverse_step_is_ours():
+    program, params, chain, weights, _ = at_random(7)
+    process, x = program.reverse_process(params), jax.random.normal(jax.random.key(5), (20, 2))
+    for t in (2, 5, 7):
+        step = jax.tree.map(lambda a, i=t - 1: jnp.full(20, a[i]), chain)
+        mean, variance = handwritten.reverse(weights, x, step)
+        ours = process(x, process.rates.at(t - 1))
+        np.testing.assert_allclose(mean, ours.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variance, ours.variance, rtol=1e-4)
+
+
+def test_handwritten_samples_have_the_law_of_ours():
+    program, params, chain, weights, _ = at_random(7)
+    ours = program.to_model_space(program.prior(params).sample(jax.random.key(6), (20_000,)))
+    theirs = handwritten.sample(jax.random.key(7), weights, chain, 20_000)
+    np.testing.assert_allclose(theirs.mean(0), ours.mean(0), atol=5 * np.sqrt(2 / 20_000) * float(ours.std()))
+    np.testing.assert_allclose(np.cov(theirs.T), np.cov(ours.T), atol=0.05 * float(ours.var()))
+
+
+def test_the_naive_program_scores_a_path_as_ours():
+    program, params, chain, weights, train = at_random(5)
+    z, weights = program.to_model_space(train[:1]), {"weights": weights}
+    process = program.reverse_process(params)
+
+    @jax.jit
+    def scores(key):
+        log_q, guide_trace = log_density(handlers.seed(naive.guide, key), (chain, z), {}, weights)
+        model = handlers.replay(handlers.seed(naive.model, key), guide_trace)
+        log_p, model_trace = log_density(model, (chain, z), {}, weights)
+        downwards = jnp.concatenate([guide_trace["x_T"]["value"][None], guide_trace["x"]["value"]])
+        path = jnp.moveaxis(downwards[::-1], 0, 1)
+        reverse = ppd.ReverseTrajectory(process.kernel, process.rates, process)
+        theirs = log_p, log_q, log_q, jnp.sum(model_trace["x"]["value"] != guide_trace["x"]["value"])
+        ours = (
+            reverse.log_prob(path) + process.last(path[:, 0]).log_prob(z),
+            ppd.ForwardTrajectory(process.kernel, process.rates, z).log_prob(path),
+            ppd.PosteriorTrajectory(process.kernel, process.rates, z).log_prob(path),
+            jnp.zeros(1),
+        )
+        return jnp.stack(theirs), jnp.concatenate(ours)
+
+    for key in jax.random.split(jax.random.key(8), 3):
+        np.testing.assert_allclose(*scores(key), rtol=1e-4)
+
+
+def test_the_naive_elbo_is_k():
+    """Within 4 standard errors of both."""
+    program, params, chain, weights, train = at_random(5)
+    x = train[:64]
+    bound = ppd.lower_bound(jax.random.key(9), program.prior(params), x, num_samples=64)
+    k = np.asarray(bound.value + bound.log_abs_det, np.float64)
+
+    @jax.jit
+    @jax.vmap
+    def elbo(key):
+        z = program.to_model_space(x)
+        return -Trace_ELBO().loss(key, {"weights": weights}, naive.model, naive.guide, chain, z) / len(x)
+
+    draws = np.asarray(elbo(jax.random.split(jax.random.key(10), 256)), np.float64)
+    error = np.hypot(draws.std(ddof=1) / 16, np.sqrt(np.mean(np.square(bound.std_error)) / len(x)))
+    assert error < 0.05
+    assert abs(draws.mean() - k.mean()) < 4 * error
+
+
+def test_rounding_is_that_of_the_format():
+    """Full mantissas change nothing; fewer bits change K, fewer of them more."""
+    program, params, _, _, train = at_random(7)
+    x_t, t = train[:30] / 10, jnp.full(30, 3)
+    inputs = {"log_snr": jnp.full(30, -1.0)}
+
+    def output(network):
+        network = setting.diffusion(7, train, network).network
+        return np.stack(network(params[program.network_site], x_t, t, context=None, **inputs))
+
+    full = output(ppd.networks.MLP())
+    off = [np.abs(output(precision.Rounded(mantissa_bits=bits)) - full).max() for bits in (23, 10, 7)]
+    assert off[0] < 1e-6 < 1e-5 < off[1] < off[2] < 0.1
+
+
+@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, precision, flow])
+def test_rows(module, tmp_path):
+    if module is flow:
+        pytest.importorskip("flowjax")
+    table = module.rows(True, figures=tmp_path) if module is flow else module.rows(True)
+    assert table
+    for row in table:
+        if row.note.startswith("not run"):
+            assert "GPU" in row.note
+        elif module is not precision:
+            assert np.isfinite([*row.seconds, *row.ratio]).all() and min(row.ratio) > 0
+            assert row.compile is None or min(row.compile) >= 0
+        assert "nan" not in " ".join(row.cells())
+    text, markdown = timing.as_text(table), timing.as_markdown(table)
+    assert len(text.splitlines()) == len(table) + 1 and len(markdown.splitlines()) == len(table) + 2
+    if module is flow:
+        assert [p.name for p in tmp_path.iterdir()] == ["gap_against_seconds.png"]
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_a_missing_requirement_is_said(form, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flowjax", None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--only", "flow", *form])
+    main()
+    assert "not run: flowjax is not installed" in capsys.readouterr().out
