@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import pp_diffusion as ppd
 from benchmarks.setting import BATCH, diffusion, swiss_roll
@@ -129,6 +130,9 @@ def draw(curves: dict[str, list[Trained]]) -> Figure:
         gaps, errors = [one.gap for one in curve], [one.error for one in curve]
         axes.errorbar([one.seconds for one in curve], gaps, errors, marker="o", capsize=3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel="bits below the exact log density")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     return figure
 

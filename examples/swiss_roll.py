@@ -2,7 +2,7 @@
 
 The paper gives neither its generator nor its noise, so its figures are those of other data; the exact density is the
 yardstick here, and the best reverse process of diagonal Gaussians (``examples/optimum.py``) is what a gap can fall to.
-``python -m examples.swiss_roll`` runs all rows (about six minutes on two cores); the short tour runs the second.
+``python -m examples.swiss_roll`` runs all rows (about ten minutes on two cores); the short tour runs the second.
 """
 
 from __future__ import annotations

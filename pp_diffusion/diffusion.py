@@ -305,9 +305,9 @@ class Diffusion(Frozen):
         Data and time steps are subsampled as in :meth:`bound_model`; the guide is :meth:`bound_guide`.
 
         The objective of later practice; no bound. The irreducible part, the variance of
-        :math:`q(x_{t-1} \mid x_t, x_0)`, is left out. :math:`f_\Sigma` gets no gradient and stays at its start:
-        :math:`\beta_t` with the stock networks (but for ``"direct"``). For binomial kernels :math:`f_b` stands for
-        :math:`f_\mu`.
+        :math:`q(x_{t-1} \mid x_t, x_0)`, is left out: its mean stands for :math:`x_{t-1}`. :math:`f_\Sigma` gets no
+        gradient and stays at its start: :math:`\beta_t` with the stock networks (but for ``"direct"``). For binomial
+        kernels :math:`f_b` stands for :math:`f_\mu`.
 
         :param x: data of shape ``(N, *event_shape)``, or one datum.
         :param context: covariates, an array (or pytree) with N as its first axis.
@@ -532,7 +532,7 @@ def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_tim
 
     Drawn by :meth:`Kernel.step_importance` mixed with the uniform law, so that a step that matters T times more than
     the others (a t = 1 by the network) is not drawn once in T; the weights make every estimate unbiased. Stratified as
-    :func:`stratified_places`; if all steps can be drawn for each datum, each is drawn equally often.
+    :func:`stratified_places`; uniform if all steps can be drawn for each datum.
     """
     first = process.first_network_step
     num_steps = process.num_timesteps - first
@@ -540,9 +540,10 @@ def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_tim
         return first + stratified_times(rng_key, batch_size, num_times, num_steps), jnp.ones(())
     importance = jax.lax.stop_gradient(process.kernel.step_importance(process.rates.at(slice(first, None))))
     shares = UNIFORM_SHARE / num_steps + (1 - UNIFORM_SHARE) * importance / importance.sum()
-    places = stratified_places(rng_key, batch_size, num_times)
-    index = jnp.searchsorted(jnp.cumsum(shares)[:-1], places, side="right")
-    return first + index, 1 / (num_steps * shares[index])
+    edges = jnp.cumsum(shares)
+    edges = jnp.concatenate([jnp.zeros(1), edges / edges[-1]])
+    index = jnp.searchsorted(edges[1:-1], stratified_places(rng_key, batch_size, num_times), side="right")
+    return first + index, 1 / (num_steps * jnp.diff(edges)[index])  # the law as rounded, not as meant
 
 
 def stratified_times(rng_key: Array, batch_size: int, num_times: int, num_steps: int) -> Array:

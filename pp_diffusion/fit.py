@@ -115,7 +115,7 @@ def fit(
     :param context: covariates of an array's rows.
     :param int num_times: time steps drawn per row and update.
     :param objective: ``"bound"``, the paper's K; or ``"mse"``, the squared error of :math:`f_\mu` summed over steps
-        (:meth:`Diffusion.mse_model`), for comparison: a model trained so has a lower K.
+        (:meth:`Diffusion.mse_model`), for comparison: it trains no variances, and weights the steps otherwise than K.
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
     :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).

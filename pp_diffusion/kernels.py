@@ -126,7 +126,8 @@ class Kernel(Frozen):
     def step_importance(self, rates: Rates) -> Array:
         """How often training should draw each step, up to a factor: about the size of its loss's gradient.
 
-        It changes the variance of the estimate of K and of its gradient, never their mean. The default is uniform.
+        Positive, of the shape of ``rates.t``. It changes the variance of the estimate of K and of its gradient, never
+        their mean. The default is uniform.
         """
         return jnp.ones_like(rates.drop)
 
@@ -202,7 +203,7 @@ class GaussianKernel(Kernel):
         return self.sum_events(0.5 * (alpha_bar * (x_0**2 - 1) - jnp.log1p(-jnp.minimum(alpha_bar, _ALMOST_ONE))))
 
     def step_importance(self, rates: Rates) -> Array:
-        # the KL's derivative by v is this times v's error, which is of order one at all noise levels
+        # with variance beta_t, the KL's derivative by v is this times v's error, of order one at all noise levels
         return rates.innovation * rates.previous_alpha_bar
 
     def expected_last_step(self, rng_key: Array, x_0: Array, rates: Rates) -> Array:

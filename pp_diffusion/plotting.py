@@ -94,7 +94,7 @@ def losses(result: Any, *, window: int = 100) -> Figure:
     :param result: what :func:`~pp_diffusion.fit` returned.
     :param window: updates in the running mean.
     """
-    is_bound = result.objective == "bound"
+    is_bound = getattr(result, "objective", "bound") == "bound"  # or an SVI result
     bound = -np.asarray(result.losses) if is_bound else np.asarray(result.losses)
     figure, axes = _subplots(1, 1, 4.0)
     axis = axes[0][0]

@@ -21,6 +21,14 @@ FIGURES = {
 }
 
 
+ROWS = {
+    "swiss_roll": ["6.45", "the paper's network, T=40", "MLP, T=1000, last step by it"],
+    "heartbeat": ["-2.414", "the paper's network", "-2.3241"],
+    "schedules": ["learned", "learned, T=1000", "mse", "best (exact, on a grid)", "tuning the end"],
+    "digits": ["L_null", "3.380"],
+}
+
+
 def run(module, folder, *options):
     # a small run is mostly compilation
     environment = os.environ | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if "--small" in options else {})
@@ -34,7 +42,8 @@ def run(module, folder, *options):
 @pytest.mark.parametrize("name", FIGURES)
 def test_example(name, tmp_path):
     out = run(f"examples.{name}", tmp_path, "--small")
-    assert "K" in out and "±" in out
+    assert all(row in out for row in ROWS[name])
+    assert "nan" not in out and "inf" not in out
     for figure in FIGURES[name]:
         assert (tmp_path / figure).stat().st_size > 5_000
 
@@ -98,5 +107,6 @@ def test_heartbeat_reaches_its_figures(tmp_path):
 
     results = heartbeat.run(["small", "network"], num_test=4_000, figures=tmp_path, progress=False)
     for key, target in (("small", -2.372), ("network", -2.328)):
-        slack = 3 * results[key]["bound_error"] + 0.0005
+        assert results[key]["bound_error"] < 0.0015  # so that the slack is no more than the distance to the limit
+        slack = 2 * results[key]["bound_error"]
         assert target - slack <= results[key]["bound"] <= heartbeat.ROWS[key].limit + slack
