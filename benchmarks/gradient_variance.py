@@ -55,7 +55,7 @@ def main() -> None:
     """Prints the table."""
     data = ppd.datasets.swiss_roll(jax.random.key(0), 20_000, 1)
     columns: tuple[Times, ...] = ("importance", "uniform", "shared")
-    print(f"{'':>48}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'':>60}" + "".join(f"{name:>12}" for name in columns))
     for num_timesteps, last_step in ((40, "kernel"), (1000, "kernel"), (1000, "network")):
         diffusion = ppd.Diffusion(
             ppd.GaussianKernel((2,)),
@@ -71,7 +71,7 @@ def main() -> None:
             names = {"loss": "loss", diffusion.network_site: "network", diffusion.schedule_site: "schedule"}
             for site, name in names.items():
                 case = f"T = {num_timesteps}, last step by the {last_step}, {label}: {name}"
-                print(f"{case:>48}" + "".join(f"{one[site]:>12.4g}" for one in found))
+                print(f"{case:>60}" + "".join(f"{one[site]:>12.4g}" for one in found))
 
 
 if __name__ == "__main__":

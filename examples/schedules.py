@@ -21,7 +21,7 @@ from examples import gap, optimum
 from examples.report import arguments, mean_and_error, print_table, save_figure
 
 KERNEL = ppd.GaussianKernel((2,))
-FIRST_BETA, ENDS = 3e-4, (-6.0, -4.0, -3.0, -2.0, -1.25, -0.5)
+FIRST_BETA, ENDS = 3e-4, (-6.0, -4.0, -3.0, -2.0, -1.25, -0.5, 0.0, 0.5)
 SHORT, LONG = 40, 1000
 
 

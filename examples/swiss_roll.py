@@ -127,5 +127,7 @@ def run(
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size = {"num_steps": 100, "num_test": 200} if args.small else {}
+    size: dict[str, Any] = {}
+    if args.small:
+        size = {"rows": ["paper", "short", "long-network"], "num_steps": 100, "num_test": 200}
     run(**size, figures=args.figures, progress=args.progress)

@@ -399,7 +399,7 @@ def test_squared_errors_cannot_learn_a_schedule():
 
 
 def test_times_per_datum_lower_the_gradients_variance():
-    """Against one t for the whole batch, as the authors' code draws it; both gradients are unbiased, the schedule's too."""
+    """Against one t for the whole batch, as the authors' code draws it; both gradients are unbiased."""
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.LearnedSchedule(6, 0.01), ppd.networks.MLP((4,)))
     x = jax.random.normal(jax.random.key(0), (16, 2)) * jnp.array([1.5, 0.3]) + 0.5
     params = jax.jit(diffusion.init_params)(jax.random.key(1))
