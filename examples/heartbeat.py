@@ -110,5 +110,5 @@ def run(
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size = {"num_steps": 50, "num_test": 20} if args.small else {}
+    size: dict[str, Any] = {"rows": ["paper", "network"], "num_steps": 50, "num_test": 20} if args.small else {}
     run(**size, figures=args.figures, progress=args.progress)
