@@ -10,6 +10,10 @@ from pp_diffusion.bounds import lower_bound as lower_bound
 from pp_diffusion.checkpoint import load as load
 from pp_diffusion.checkpoint import save as save
 from pp_diffusion.diffusion import Diffusion as Diffusion
+from pp_diffusion.entropies import EntropyBounds as EntropyBounds
+from pp_diffusion.entropies import ReverseEntropy as ReverseEntropy
+from pp_diffusion.entropies import entropy_bounds as entropy_bounds
+from pp_diffusion.entropies import reverse_entropy as reverse_entropy
 from pp_diffusion.fit import FitResult as FitResult
 from pp_diffusion.fit import NonFiniteLossError as NonFiniteLossError
 from pp_diffusion.fit import fit as fit
@@ -17,6 +21,8 @@ from pp_diffusion.kernels import BinomialKernel as BinomialKernel
 from pp_diffusion.kernels import GaussianKernel as GaussianKernel
 from pp_diffusion.kernels import Kernel as Kernel
 from pp_diffusion.likelihood import Importance as Importance
+from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
+from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.parameterizations import Parameterization as Parameterization
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess

@@ -14,10 +14,10 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from pp_diffusion._frozen import Frozen
-from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.prior import DiffusionPrior, as_rows
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import positive_int
-from pp_diffusion.trajectories import fixed_terms, step_cost, stream_log_ratios
+from pp_diffusion.trajectories import fixed_terms, step_cost, stream
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits
 
@@ -101,7 +101,7 @@ def lower_bound(
     estimator = _choose_estimator(estimator, diffusion.kernel.is_discrete)
     num_samples, chunk_size = positive_int("num_samples", num_samples), positive_int("chunk_size", chunk_size)
     x = diffusion.check_data(x)
-    rows, contexts, batch_shape = _as_rows(prior, x)
+    rows, contexts, batch_shape = as_rows(prior, x)
     num_rows = len(rows)
     chunk_size = min(chunk_size, num_rows)
     starts = range(0, num_rows, chunk_size)
@@ -140,7 +140,7 @@ class Bound(Frozen):
     def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
         """K of ``x`` under ``prior``, nats."""
         prior.diffusion.check_shape(x, "value")
-        rows, contexts, batch_shape = _as_rows(prior, prior.diffusion.kernel.as_state(x))
+        rows, contexts, batch_shape = as_rows(prior, prior.diffusion.kernel.as_state(x))
         estimator = _choose_estimator(None, prior.diffusion.kernel.is_discrete)
         out = _bound_of_rows(prior, rows, contexts, self.rng_key, estimator, self.num_samples)
         return out["value"].reshape(batch_shape)
@@ -152,24 +152,6 @@ def _choose_estimator(estimator: Estimator | None, is_discrete: bool) -> Estimat
     if is_discrete and estimator == "log_ratio":
         raise ValueError("estimator must be 'analytic' for a discrete kernel: log ratios miss rare flips")
     return estimator or ("analytic" if is_discrete else "log_ratio")
-
-
-def _as_rows(prior: DiffusionPrior, x: Array) -> tuple[Array, Any, tuple[int, ...]]:
-    """Data and contexts as rows of one leading axis, and the batch shape that they came in."""
-    event_ndim, context_ndim = prior.diffusion.kernel.event_ndim, prior.context_batch_ndim
-    batch_shape = x.shape[: x.ndim - event_ndim]
-    try:
-        batch_shape = jnp.broadcast_shapes(batch_shape, prior.batch_shape)
-    except ValueError:
-        raise ValueError(
-            f"x has batch shape {batch_shape}, which does not broadcast with the prior's, {prior.batch_shape}"
-        ) from None
-
-    def rows(a: Array, trailing: tuple[int, ...]) -> Array:
-        return jnp.broadcast_to(a, batch_shape + trailing).reshape(-1, *trailing)
-
-    contexts = jax.tree.map(lambda c: rows(jnp.asarray(c), jnp.shape(c)[context_ndim:]), prior.context)
-    return rows(x, prior.event_shape), contexts, batch_shape
 
 
 @partial(jax.jit, static_argnames=("estimator", "num_samples"))
@@ -195,11 +177,9 @@ def _bound_of_rows(
     # squares about the first estimate: no cancellation where the spread is small
     (steps, squares, _), _ = jax.lax.scan(add, (first_steps, jnp.zeros_like(first), first), keys[1:])
     steps = steps / num_samples
-    value = -steps.sum(0) - (prior_kl if estimator == "analytic" else 0)
+    value = -steps.sum(0) - prior_kl
     spread = squares - num_samples * (value - first) ** 2
     error = jnp.sqrt(jnp.maximum(spread, 0) / max(num_samples - 1, 1) / num_samples)
-    if estimator == "log_ratio":  # the path's end enters by its expectation, not by its draw
-        value = value - prior_kl
     return {
         "value": value - jacobian,
         "std_error": error,
@@ -211,9 +191,9 @@ def _bound_of_rows(
 
 
 def _by_log_ratio(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Array]:
-    _, terms = stream_log_ratios(rng_key, process, z, keep_steps=True)
-    assert terms is not None
-    return terms.sum(0), -terms
+    out = stream(rng_key, process, z, keep_steps=True)
+    assert out.steps is not None
+    return out.bound, -out.steps
 
 
 def _by_kl(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Array]:

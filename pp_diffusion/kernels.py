@@ -6,8 +6,9 @@ the datum; everything else in the package is written in these terms. Densities a
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -123,6 +124,25 @@ class Kernel(Frozen):
         x_1 = self.as_state(self.marginal(x_0, rates.log_snr).sample(rng_key))
         return self.transition(x_1, rates.beta).log_prob(x_0)
 
+    def entropy(self, distribution: dist.Distribution) -> Array:
+        """The entropy of one of the kernel's distributions, in nats, of batch shape."""
+        return distribution.entropy()
+
+    def entropy_bounds(self, rates: Rates, x_0: Array | None) -> tuple[Array, Array]:
+        r"""Bounds on :math:`H_q(X_{t-1} \mid X_t)` for each step (eq. 24), in nats, of the shape of ``rates.t``.
+
+        :param x_0: data, shape ``(N, *event_shape)``; ``None`` where the bounds do not depend on them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define entropy_bounds")
+
+    def entropy_slack(self, x_0: Array) -> Array:
+        r"""By how much the data meet the condition of the upper bound of eq. 24, in nats: it holds if this is >= 0.
+
+        :math:`H(X_t) \ge H(X_{t-1})` is what it needs. As :math:`H(X_t) = -KL(q_t \| \pi) - E \log \pi(X_t)`, and the
+        divergence falls with t, it is enough that :math:`E \log \pi(X_0) \ge -H(\pi)`; the slack is the difference.
+        """
+        return self.null_log_prob(x_0).mean() + self.entropy(self.stationary())
+
     def step_importance(self, rates: Rates) -> Array:
         """How often training should draw each step, up to a factor: about the size of its loss's gradient.
 
@@ -201,6 +221,20 @@ class GaussianKernel(Kernel):
         log_snr = self.over_events(log_snr)
         alpha_bar = jax.nn.sigmoid(log_snr)
         return self.sum_events(0.5 * (alpha_bar * (x_0**2 - 1) - jnp.log1p(-jnp.minimum(alpha_bar, _ALMOST_ONE))))
+
+    def entropy(self, distribution: dist.Distribution) -> Array:
+        scale = _base(distribution).scale
+        return self.sum_events(jnp.log(jnp.broadcast_to(scale, distribution.shape())) + 0.5 * _LOG_2_PI_E)
+
+    def entropy_bounds(self, rates: Rates, x_0: Array | None) -> tuple[Array, Array]:
+        size = math.prod(self.event_shape)
+        lower = jnp.log(rates.previous_erased * rates.innovation)  # the variance of q(x_{t-1} | x_t, x_0)
+        return 0.5 * size * (_LOG_2_PI_E + lower), 0.5 * size * (_LOG_2_PI_E + jnp.log(rates.beta))
+
+    def entropy_slack(self, x_0: Array) -> Array:
+        # entropy does not change with the mean: with the Fisher information J, dH/ds = (J - d)/2 along the continuous
+        # chain, and J >= d²/tr Cov(X_s), which is at least d if the variances' mean is at most 1
+        return 0.5 * jnp.sum(1 - jnp.var(x_0, axis=0))
 
     def step_importance(self, rates: Rates) -> Array:
         # with variance beta_t, the KL's derivative by v is this times v's error, of order one at all noise levels
@@ -282,6 +316,24 @@ class BinomialKernel(Kernel):
         zero = jax.nn.sigmoid(-q) * (jax.nn.log_sigmoid(-q) - jax.nn.log_sigmoid(-p))
         return self.sum_events(one + zero)
 
+    def entropy(self, distribution: dist.Distribution) -> Array:
+        return self.sum_events(_bit_entropy(jnp.broadcast_to(_base(distribution).logits, distribution.shape())))
+
+    def entropy_bounds(self, rates: Rates, x_0: Array | None) -> tuple[Array, Array]:
+        if x_0 is None:
+            raise ValueError("data are required: the entropies of a BinomialKernel's steps depend on their activity")
+        ones, activity = jnp.ones((rates.num_timesteps, *self.event_shape)), x_0.mean(0)
+        at_start = self.over_events(rates.previous_alpha_bar) * activity
+        before = at_start + self.over_events(rates.previous_erased) * self._base_rate()  # of x_{t-1}
+
+        def mean(probs: Array, of: Callable[[Array], dist.Distribution]) -> Array:
+            one, zero = (_bit_entropy(_base(of(x)).logits) for x in (ones, 0 * ones))
+            return self.sum_events(probs * one + (1 - probs) * zero)
+
+        upper = mean(before, lambda x: self.transition(x, rates.beta))  # H(X_t | X_{t-1})
+        given_x_0 = mean(activity, lambda x: self.marginal(x, rates.log_snr))  # H(X_t | X_0)
+        return upper + jnp.concatenate([jnp.zeros(1), given_x_0[:-1]]) - given_x_0, upper
+
     def expected_last_step(self, rng_key: Array, x_0: Array, rates: Rates) -> Array:
         one = _base(self.marginal(x_0, rates.log_snr)).logits
         return self.sum_events(
@@ -290,6 +342,7 @@ class BinomialKernel(Kernel):
         )
 
 
+_LOG_2_PI_E = math.log(2 * math.pi * math.e)
 _ALMOST_ONE = 1 - 2.0**-24  # ᾱ_T that rounds to 1 would make the prior's KL infinite
 
 
@@ -298,6 +351,10 @@ def _base(distribution: dist.Distribution) -> dist.Distribution:
     while isinstance(distribution, (dist.Independent, dist.ExpandedDistribution)):
         distribution = distribution.base_dist
     return distribution
+
+
+def _bit_entropy(logits: Array) -> Array:
+    return -jax.nn.sigmoid(logits) * jax.nn.log_sigmoid(logits) - jax.nn.sigmoid(-logits) * jax.nn.log_sigmoid(-logits)
 
 
 def _plain(constraint: constraints.Constraint) -> str:

@@ -125,6 +125,27 @@ def _sample(prior: DiffusionPrior, rng_key: Array, sample_shape: tuple[int, ...]
     return x if transform is None else transform(x)
 
 
+def as_rows(prior: DiffusionPrior, x: Array) -> tuple[Array, Any, tuple[int, ...]]:
+    """Data and contexts as rows of one leading axis, and the batch shape that they came in.
+
+    :raises ValueError: if the data's batch shape does not broadcast with the prior's.
+    """
+    event_ndim, context_ndim = prior.diffusion.kernel.event_ndim, prior.context_batch_ndim
+    batch_shape = x.shape[: x.ndim - event_ndim]
+    try:
+        batch_shape = jnp.broadcast_shapes(batch_shape, prior.batch_shape)
+    except ValueError:
+        raise ValueError(
+            f"x has batch shape {batch_shape}, which does not broadcast with the prior's, {prior.batch_shape}"
+        ) from None
+
+    def rows(a: Array, trailing: tuple[int, ...]) -> Array:
+        return jnp.broadcast_to(a, batch_shape + trailing).reshape(-1, *trailing)
+
+    contexts = jax.tree.map(lambda c: rows(jnp.asarray(c), jnp.shape(c)[context_ndim:]), prior.context)
+    return rows(x, prior.event_shape), contexts, batch_shape
+
+
 def _context_batch_ndim(
     diffusion: Diffusion, params: Any, context: Any, num_timesteps: int | None, event_dim: int | None
 ) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import numpy as np
 from jax import Array
 
-T = TypeVar("T", float, Array)
+T = TypeVar("T", float, Array, np.ndarray)
 
 
 def nats_to_bits(nats: T) -> T:

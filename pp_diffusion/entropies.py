@@ -1,0 +1,192 @@
+r"""Entropies of the reverse trajectory's steps, and the bounds that the forward trajectory puts on them (eq. 24).
+
+All in nats and in the model's space, in which the trajectory lives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm.auto import tqdm
+
+from pp_diffusion.prior import DiffusionPrior, as_rows
+from pp_diffusion.schedules import positive_int
+
+
+@dataclass(frozen=True)
+class ReverseEntropy:
+    r"""The model's entropy of each step, :math:`E_{q(x_t)} H[p(X_{t-1} \mid x_t)]`, in nats.
+
+    :ivar value: shape ``(T,)``, entry t-1 belonging to step t.
+    :ivar std_error: its standard error over data and draws.
+    """
+
+    value: np.ndarray
+    std_error: np.ndarray
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class EntropyBounds:
+    r"""Bounds on :math:`H_q(X_{t-1} \mid X_t)`, the entropy of the step that the reverse trajectory has to undo.
+
+    :ivar lower: :math:`H(X_t \mid X_{t-1}) + H(X_{t-1} \mid X_0) - H(X_t \mid X_0)`, shape ``(T,)``; entry 0 is minus
+        infinity for continuous data.
+    :ivar upper: :math:`H(X_t \mid X_{t-1})`, shape ``(T,)``.
+    :ivar slack: by how much the data meet the upper bound's condition, nats (NaN if no data were given). The lower
+        bound holds for all data. The upper one needs :math:`H(X_t) \ge H(X_{t-1})`. For Gaussian kernels that is so
+        if the variances of the data's coordinates, in the model's space, are at most 1 in the mean; for binomial ones
+        if :math:`E \log \pi(X_0) \ge -H(\pi)`, that is for a base rate below one half, if the data are at most as
+        active as it.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    slack: float
+
+    @property
+    def upper_holds(self) -> bool | None:
+        """Whether the data meet the condition of the upper bound, to one part in a million; None without data."""
+        return None if math.isnan(self.slack) else self.slack >= -1e-6 * (1 + abs(float(self.upper.max())))
+
+    def outside(self, entropy: ReverseEntropy, num_errors: float = 4.5) -> np.ndarray:
+        """The steps t at which the model's entropy is outside the bounds by more than ``num_errors`` standard errors.
+
+        A step below has a reverse kernel that is too sure of itself; one above has learned less than the forward
+        trajectory alone tells.
+        """
+        if np.shape(entropy.value) != self.upper.shape:
+            raise ValueError(f"entropy must have shape {self.upper.shape}; got {np.shape(entropy.value)}")
+        error = num_errors * entropy.std_error + 1e-5 * (1 + np.abs(self.upper))
+        wrong = (entropy.value < self.lower - error) | (entropy.value > self.upper + error)
+        return np.flatnonzero(wrong) + 1
+
+    def print_summary(self, entropy: ReverseEntropy) -> None:
+        """Prints the sums over the steps, whether the upper bound holds, and the steps that are outside."""
+        outside, steps = self.outside(entropy), len(self.upper)
+        print(f"{'t':>6} {'lower':>10} {'model':>10} {'upper':>10}  (nats)")
+        shown = sorted({1, 2, max(1, steps // 2), steps} & set(range(1, steps + 1)) | set(outside[:5].tolist()))
+        for t in shown:
+            row = (self.lower[t - 1], entropy.value[t - 1], self.upper[t - 1])
+            print(f"{t:>6} " + " ".join(f"{number:>10.4f}" for number in row) + ("  outside" if t in outside else ""))
+        condition = {True: "holds for these data", False: "need not hold for these data", None: "was not checked"}
+        print(f"The upper bound {condition[self.upper_holds]} (slack {self.slack:.4g} nats).")
+        print(f"Outside the bounds: {'no step' if not len(outside) else f'{len(outside)} of {steps} steps'}.")
+
+
+def entropy_bounds(prior: DiffusionPrior, data: Any = None) -> EntropyBounds:
+    r"""Bounds on the entropy of each reverse step from the forward trajectory alone (eq. 24), in nats.
+
+    :param prior: ``fit.prior`` or ``diffusion.prior(params)``.
+    :param data: in data units, shape ``(N, *event_shape)``. Required for binomial kernels, whose entropies depend on
+        the data's activity; for Gaussian ones they serve to check the upper bound's condition.
+    :raises ValueError: for data outside the support, NaN, of the wrong shape, or missing where they are required.
+
+    .. doctest::
+
+        >>> import pp_diffusion as ppd
+        >>> prior = ppd.Diffusion(
+        ...     ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2, 0.5]), lambda x_t, t: (0 * x_t, 0 * x_t)
+        ... ).prior({})
+        >>> bounds = ppd.entropy_bounds(prior)
+        >>> print(bounds.lower.round(3), bounds.upper.round(3))
+        [ -inf 0.199 1.318] [0.535 1.228 2.145]
+    """
+    kernel, rates = _kernel_and_rates(prior)
+    if data is None:
+        lower, upper = kernel.entropy_bounds(rates, None)
+        return EntropyBounds(np.asarray(lower), np.asarray(upper), math.nan)
+    rows, _, _ = as_rows(prior, prior.diffusion.check_data(data, "data"))
+    lower, upper, slack = _bounds_of(prior, rows)
+    return EntropyBounds(np.asarray(lower), np.asarray(upper), float(slack))
+
+
+def reverse_entropy(
+    rng_key: Array,
+    prior: DiffusionPrior,
+    x: Any,
+    *,
+    chunk_size: int = 4096,
+    progress_bar: bool = False,
+) -> ReverseEntropy:
+    r"""The model's own entropy of each step, averaged over the data and one :math:`x_t \sim q(x_t \mid x_0)` for each.
+
+    It costs T network calls per datum. :func:`entropy_bounds` says between what it should lie.
+
+    :param rng_key: a JAX random key.
+    :param prior: ``fit.prior`` or ``diffusion.prior(params)``.
+    :param x: data in data units, shape ``(*batch, *event_shape)``.
+    :param chunk_size: data handled at a time; bounds the memory.
+    :param progress_bar: shows one, over chunks.
+    :raises ValueError: for data outside the support, NaN, or of the wrong shape.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, pp_diffusion as ppd
+        >>> prior = ppd.Diffusion(
+        ...     ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2, 0.5]), lambda x_t, t: (0 * x_t, 0 * x_t)
+        ... ).prior({})
+        >>> ppd.reverse_entropy(jax.random.key(0), prior, jnp.zeros((10, 2))).value.shape
+        (3,)
+    """
+    _kernel_and_rates(prior)
+    chunk_size = positive_int("chunk_size", chunk_size)
+    rows, contexts, _ = as_rows(prior, prior.diffusion.check_data(x))
+    if not len(rows):
+        raise ValueError(f"x must hold data; got shape {np.shape(x)}")
+    chunk_size = min(chunk_size, len(rows))
+    starts = range(0, len(rows), chunk_size)
+    keys = jax.random.split(rng_key, len(starts))
+    total = np.zeros((2, prior.num_timesteps))
+    origin = None  # the first chunk's means: squares about them do not cancel
+    for key, start in zip(keys, tqdm(starts, desc="entropies", disable=not progress_bar), strict=True):
+        index = np.minimum(np.arange(start, start + chunk_size), len(rows) - 1)
+        context = jax.tree.map(lambda c, i=index: c[i], contexts)
+        part = np.asarray(_entropies_of_rows(prior, rows[index], context, key), np.float64)[:, : len(rows) - start]
+        origin = part.mean(1, keepdims=True) if origin is None else origin
+        total += [(part - origin).sum(1), ((part - origin) ** 2).sum(1)]
+    assert origin is not None
+    count, shift = len(rows), total[0] / len(rows)
+    spread = np.maximum(total[1] - count * shift**2, 0) / (count - 1) if count > 1 else np.full_like(shift, np.nan)
+    return ReverseEntropy(origin[:, 0] + shift, np.sqrt(spread / count))
+
+
+def _kernel_and_rates(prior: DiffusionPrior) -> tuple[Any, Any]:
+    if not isinstance(prior, DiffusionPrior):
+        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
+    return prior.process.kernel, prior.process.rates
+
+
+@jax.jit
+def _bounds_of(prior: DiffusionPrior, rows: Array) -> tuple[Array, Array, Array]:
+    kernel, rates = _kernel_and_rates(prior)
+    z = prior.diffusion.to_model_space(rows)
+    return *kernel.entropy_bounds(rates, z), kernel.entropy_slack(z)
+
+
+@jax.jit
+def _entropies_of_rows(prior: DiffusionPrior, x: Array, context: Any, rng_key: Array) -> Array:
+    process = prior.diffusion.reverse_process(
+        prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps
+    )
+    kernel, z = process.kernel, prior.diffusion.to_model_space(x)
+
+    def draw(key: Array, rates: Any) -> Array:
+        return kernel.as_state(kernel.marginal(z, rates.log_snr).sample(key))
+
+    def step(_: None, at: tuple[Array, Any]) -> tuple[None, Array]:
+        key, rates = at
+        return None, kernel.entropy(process(draw(key, rates), rates))
+
+    keys = jax.random.split(rng_key, process.num_timesteps)
+    last = kernel.entropy(process.last(draw(keys[0], process.rates.at(0))))
+    _, others = jax.lax.scan(step, None, (keys[1:], process.rates.at(slice(1, None))))
+    return jnp.concatenate([last[None], others])
