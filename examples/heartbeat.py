@@ -57,6 +57,18 @@ def optimizer(row: Row, num_steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=row.b2))
 
 
+def train(row: Row, data: Any, num_steps: int | None = None, *, progress: bool = True) -> tuple[Any, float]:
+    """The fit of a row, and its seconds without compiling."""
+    diffusion = ppd.Diffusion(script.kernel, script.schedule, row.network, last_step=row.last_step)
+    num_steps = num_steps or row.num_steps
+    fit = partial(ppd.fit, jax.random.key(1), diffusion, data.train, num_times=row.num_times)
+    rule = optimizer(row, num_steps)
+    fit(num_steps=1, optimizer=rule, progress_bar=False)  # compiles
+    started = time.perf_counter()
+    result = fit(num_steps=num_steps, optimizer=rule, progress_bar=progress)
+    return result, time.perf_counter() - started
+
+
 def run(
     rows: Sequence[str] = tuple(ROWS),
     *,
@@ -73,14 +85,7 @@ def run(
     bits, table, results = ppd.units.nats_to_bits, [], {}
     for key in rows:
         row = ROWS[key]
-        diffusion = ppd.Diffusion(script.kernel, script.schedule, row.network, last_step=row.last_step)
-        steps = num_steps or row.num_steps
-        train = partial(ppd.fit, jax.random.key(1), diffusion, data.train, num_times=row.num_times)
-        rule = optimizer(row, steps)
-        train(num_steps=1, optimizer=rule, progress_bar=False)  # compiles
-        started = time.perf_counter()
-        fit = train(num_steps=steps, optimizer=rule, progress_bar=progress)
-        seconds = time.perf_counter() - started
+        fit, seconds = train(row, data, num_steps, progress=progress)
         bound = ppd.lower_bound(jax.random.key(2), fit.prior, data.test, progress_bar=progress)
         value, error = mean_and_error(bits(bound.value))
         x = fit.prior.sample(jax.random.key(3), (1_000,))
@@ -88,7 +93,7 @@ def run(
         table.append(
             (
                 row.name,
-                f"{steps} × 512 × {row.num_times} in {seconds:.1f} s",
+                f"{num_steps or row.num_steps} × 512 × {row.num_times} in {seconds:.1f} s",
                 with_error(bits(bound.value), 4),
                 f"{row.limit:.4f}",
                 with_error(bits(bound.above_null), 4),

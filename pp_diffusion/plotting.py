@@ -1,4 +1,4 @@
-"""Figures: samples, and the paper's figure 1. Each function draws with matplotlib and returns the figure."""
+"""Figures: samples, the paper's figure 1, losses, entropies, likelihoods. Each function draws with matplotlib and returns the figure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pp_diffusion.trajectories import ForwardTrajectory, ReverseTrajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from pp_diffusion.entropies import EntropyBounds, ReverseEntropy
+    from pp_diffusion.likelihood import LogProbEstimate
 
 
 def samples(x: Any, data: Any = None, *, num_columns: int = 10, title: str | None = None) -> Figure:
@@ -104,6 +107,79 @@ def losses(result: Any, *, window: int = 100) -> Figure:
         axis.plot(np.arange(window, len(bound) + 1), mean, label=f"mean of {window}")
     limits = np.quantile(bound, [0.02, 1.0] if is_bound else [0.0, 0.98])
     axis.set(xlabel="update", ylabel="K (nats)" if is_bound else "squared error", ylim=tuple(limits))
+    axis.legend()
+    return figure
+
+
+def entropies(bounds: EntropyBounds, entropy: ReverseEntropy) -> Figure:
+    """The model's entropy of each step between its bounds (eq. 24), and all three less the upper one; steps outside
+    are marked.
+
+    :param bounds: what :func:`~pp_diffusion.entropy_bounds` returned.
+    :param entropy: what :func:`~pp_diffusion.reverse_entropy` returned.
+    """
+    t, outside = np.arange(1, len(bounds.upper) + 1), bounds.outside(entropy)
+    figure, axes = _subplots(1, 2, 4.0)
+    for axis, origin in zip(axes[0], (0, bounds.upper), strict=True):
+        axis.fill_between(t, bounds.lower - origin, bounds.upper - origin, alpha=0.25, lw=0, label="between the bounds")
+        axis.plot(t, entropy.value - origin, color="k", lw=1, label="model")
+        if len(outside):
+            marked = (entropy.value - origin)[outside - 1]
+            axis.plot(outside, marked, "x", color="C3", ms=4, label=f"outside: {len(outside)} steps")
+        axis.set(xlabel="t", xscale="log")
+    axes[0][0].set(ylabel="entropy of $x_{t-1}$ given $x_t$ (nats)")
+    axes[0][1].set(ylabel="less the upper bound (nats)")
+    finite = (bounds.lower - bounds.upper)[1:]
+    if len(finite):
+        low = float(np.quantile(finite, 0.05))
+        axes[0][1].set_ylim(1.1 * min(low, float((entropy.value - bounds.upper).min())), -0.1 * low)
+    axes[0][0].legend()
+    return figure
+
+
+def pareto_k(estimate: LogProbEstimate) -> Figure:
+    """k-hat over the data, coloured by verdict.
+
+    :param estimate: what :func:`~pp_diffusion.estimate_log_prob` returned.
+    """
+    khat, verdict = estimate.pareto_k.ravel(), estimate.verdict.ravel()
+    datum = np.arange(khat.size)
+    figure, axes = _subplots(1, 1, 4.0)
+    axis = axes[0][0]
+    for color, name in zip(("C0", "C1", "C3"), ("believable", "doubtful", "bound only"), strict=True):
+        chosen = verdict == name
+        label = f"{name}: {100 * chosen.mean():.1f} %"
+        axis.scatter(datum[chosen], khat[chosen], s=6, color=color, linewidths=0, label=label)
+    axis.axhline(0.7, color="k", lw=0.7, ls="--")
+    axis.axhline(estimate.good_k, color="k", lw=0.7, ls=":")
+    axis.set(xlabel="datum", ylabel="Pareto k-hat", title=f"{estimate.num_trajectories} trajectories per datum")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def convergence(estimate: LogProbEstimate, exact: Any = None) -> Figure:
+    """The mean over the data of log p as estimated from the first 1, 2, 4, … trajectories, beside K.
+
+    The log of a mean is biased low, the less the more trajectories there are.
+
+    :param estimate: what :func:`~pp_diffusion.estimate_log_prob` returned.
+    :param exact: log p where it is known, of the data's batch shape, nats.
+    """
+    count = estimate.num_trajectories
+    log_sums = np.logaddexp.accumulate(estimate.log_weights.reshape(count, -1), axis=0)
+    numbers = np.unique(np.append(2 ** np.arange(int(np.log2(count)) + 1), count))
+    values = log_sums[numbers - 1] - np.log(numbers)[:, None]
+    against = estimate.bound.ravel()  # paired, so that the spread over the data drops out
+    gains = values - against
+    figure, axes = _subplots(1, 1, 4.0)
+    axis = axes[0][0]
+    mean, error = gains.mean(1), gains.std(1) / np.sqrt(gains.shape[1])
+    axis.errorbar(numbers, mean, error, marker=".", capsize=2, label="log p, as estimated")
+    axis.axhline(0, color="C1", label="K")
+    if exact is not None:
+        truth = (np.asarray(exact).ravel() - against).mean()
+        axis.axhline(truth, color="k", ls="--", lw=0.8, label="log p of the data's own law")
+    axis.set(xscale="log", xlabel="trajectories per datum", ylabel="above K, mean over the data (nats)")
     axis.legend()
     return figure
 
