@@ -216,6 +216,14 @@ def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int, num_steps: Ar
     return SVI(model, diffusion.bound_guide, optimizer, Trace_ELBO())
 
 
+def _with_constraints(svi: SVI, x: Array, context: Any) -> SVI:
+    """``svi`` with the constraints of its parameters, which it learns when it starts; here abstractly, so that nothing
+    of a start gets into a compiled program."""
+    x, context = jax.tree.map(lambda a: a[:1], (x, context))
+    jax.eval_shape(lambda: svi.init(jax.random.key(0), x, context=context))
+    return svi
+
+
 @partial(jax.jit, static_argnums=3)
 def _init(diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings) -> FitState:
     x, context = example
@@ -241,8 +249,7 @@ def _run(
             x, context = jax.tree.map(lambda a: a[i], data)
         else:
             x, context = data
-        svi = _svi(diffusion, settings, len(x), last_step)
-        svi.init(jax.random.key(0), x[:1], context=jax.tree.map(lambda c: c[:1], context))  # fills in its constraints
+        svi = _with_constraints(_svi(diffusion, settings, len(x), last_step), x, context)
         svi_state, loss = svi.update(
             svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
         )
@@ -375,9 +382,7 @@ def _result(
     diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: _Source
 ) -> FitResult:
     if settings.average is None:
-        svi = _svi(diffusion, settings, 1)
-        svi.init(jax.random.key(0), source.example[0], context=source.example[1])
-        params = svi.get_params(state.svi)
+        params = _with_constraints(_svi(diffusion, settings, 1), *source.example).get_params(state.svi)
     else:
         params = state.average
     all_losses = np.concatenate(losses) if losses else np.zeros(0)
