@@ -59,6 +59,13 @@ def test_every_example_is_tested():
     assert modules == set(FIGURES)
 
 
+def test_the_gap_is_that_of_the_points_given():
+    data = ppd.datasets.swiss_roll(jax.random.key(0), 10, 400)
+    below = np.where(np.arange(400) % 2, 0.1, 0.3)  # nats; the spiral's own spread is not in the error
+    value, error = gap.paired(data, data.log_prob(data.test) - below)
+    np.testing.assert_allclose([value, error], np.array([0.2, 0.1 / np.sqrt(399)]) / np.log(2), rtol=1e-4)
+
+
 def test_the_best_process_is_a_floor():
     """K of the exact reverse process, T = 40 and a good schedule: 0.090 bits, and 0.051 with the last step its own."""
     data = ppd.datasets.swiss_roll(jax.random.key(0), 4_000, 2_000)
