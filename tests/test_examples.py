@@ -14,7 +14,12 @@ from examples import gap, optimum
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {
-    "swiss_roll": ["swiss_roll_samples.png", "swiss_roll_figure_1.png", "swiss_roll_long-network_samples.png"],
+    "swiss_roll": [
+        "swiss_roll_paper_figure_1.png",
+        "swiss_roll_short_samples.png",
+        "swiss_roll_short_figure_1.png",
+        "swiss_roll_long-network_samples.png",
+    ],
     "heartbeat": ["heartbeat_paper_samples.png", "heartbeat_network_samples.png"],
     "schedules": ["schedules.png"],
     "digits": ["digits_samples.png"],
@@ -22,7 +27,7 @@ FIGURES = {
 
 
 ROWS = {
-    "swiss_roll": ["6.45", "the paper's network, T=40", "MLP, T=1000, last step by it"],
+    "swiss_roll": ["6.45", "the paper's network, v, T=40", "MLP, T=1000, last step by it"],
     "heartbeat": ["-2.414", "the paper's network", "-2.3241"],
     "schedules": ["learned", "learned, T=1000", "mse", "best (exact, on a grid)", "tuning the end"],
     "digits": ["L_null"],
