@@ -549,8 +549,7 @@ def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_tim
 def stratified_times(rng_key: Array, batch_size: int, num_times: int, num_steps: int) -> Array:
     """Indices 0…num_steps-1 of shape ``(num_times, batch_size)``, each uniform, spread evenly within every column and
     over the batch (with ``num_times == num_steps`` every column holds each step once)."""
-    places = stratified_places(rng_key, batch_size, num_times)
-    return jnp.minimum((places * num_steps).astype(int), num_steps - 1)
+    return (stratified_places(rng_key, batch_size, num_times) * num_steps).astype(int)
 
 
 def stratified_places(rng_key: Array, batch_size: int, num_times: int) -> Array:
@@ -559,6 +558,7 @@ def stratified_places(rng_key: Array, batch_size: int, num_times: int) -> Array:
     turn_key, place_key = jax.random.split(rng_key)
     turn = jax.random.randint(turn_key, (), 0, batch_size)
     place = ((jnp.arange(batch_size) + turn) % batch_size + jax.random.uniform(place_key, (batch_size,))) / batch_size
+    place = jnp.minimum(place, 1 - num_times * jnp.finfo(place.dtype).eps)  # sums do not round up to the next stratum
     return (jnp.arange(num_times)[:, None] + place) / num_times
 
 
