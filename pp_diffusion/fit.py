@@ -19,7 +19,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from pp_diffusion.diffusion import Diffusion, check_context_rows
+from pp_diffusion.diffusion import Diffusion, check_context_rows, check_importance, step_importance
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.transforms import check_not_constant, name_columns
@@ -119,6 +119,7 @@ def fit(
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
     :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).
+        It does not hold the objective: training goes on with the one given here.
     :param progress_bar: shows rate, time left and the bound (a running mean over batches) in nats and bits.
     :raises ValueError: for data that are empty, not finite, of the wrong shape, outside the kernel's support, or
         constant in a coordinate.
@@ -150,13 +151,16 @@ def fit(
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
     if objective == "mse" and diffusion.schedule.init_params() is not None:
         raise ValueError("objective must be 'bound' for a learned schedule: squared errors vanish with the rates")
+    if objective == "mse" and diffusion.num_timesteps == 1 and diffusion.last_step == "kernel":
+        raise ValueError("objective must be 'bound' for T = 1 with last_step='kernel': no step is the network's")
     source = _source(diffusion, data, context, batch_size, rng_key)
     settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw, objective)
     init_key, _ = jax.random.split(rng_key)
     if state is None:
-        state = _init(diffusion, source.example, init_key, settings)
+        state, importance = _init(diffusion, source.example, init_key, settings)
+        check_importance(importance)
     else:
-        fresh = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
+        fresh, _ = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
         if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
             raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
 
@@ -225,11 +229,17 @@ def _with_constraints(svi: SVI, x: Array, context: Any) -> SVI:
 
 
 @partial(jax.jit, static_argnums=3)
-def _init(diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings) -> FitState:
+def _init(
+    diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings
+) -> tuple[FitState, Array]:
+    """The first state, and how often each step of the network's is to be drawn, whose values the caller can check."""
     x, context = example
     svi = _svi(diffusion, settings, len(x))
     svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
-    return FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+    first = 1 if diffusion.last_step == "kernel" else 0
+    rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
+    state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+    return state, step_importance(diffusion.kernel, rates)
 
 
 @partial(jax.jit, static_argnums=5)
