@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """``--small`` (seconds, to see that it runs), ``--figures DIR`` and ``--no-progress``."""
+def arguments(description: str | None, rows: list[str] | None = None) -> argparse.Namespace:
+    """``--small`` (seconds, to see that it runs), ``--figures DIR``, ``--no-progress`` and, of an example with many
+    rows, ``--rows``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="few updates, to see that it runs")
     parser.add_argument(
         "--figures", type=Path, default=Path("figures"), help="folder for the figures (default: figures)"
     )
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
+    if rows:
+        parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="only these rows of the table")
     return parser.parse_args()
 
 
