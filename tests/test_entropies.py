@@ -72,15 +72,16 @@ def test_bounds_do_not_depend_on_the_order_or_the_number_of_data():
 # --- the error -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 def test_std_error_is_that_over_data_and_draws(prior, x):
-    """200 repetitions, each of 40 data of their own: stated errors within 23 % of the spread, 4.5 of its deviations."""
+    """100 repetitions, each of 40 data of their own: stated errors within 32 % of the spread, 4.5 of its deviations."""
     rng = np.random.default_rng(0)
-    found = [ppd.reverse_entropy(jax.random.key(i), prior, x[rng.integers(5, size=40)]) for i in range(200)]
+    found = [ppd.reverse_entropy(jax.random.key(i), prior, x[rng.integers(5, size=40)]) for i in range(100)]
     values, errors = (np.stack([getattr(f, name) for f in found]) for name in ("value", "std_error"))
-    np.testing.assert_allclose(np.sqrt((errors**2).mean(0)), values.std(0), rtol=0.23)
+    np.testing.assert_allclose(np.sqrt((errors**2).mean(0)), values.std(0), rtol=0.32)
     many = ppd.reverse_entropy(OTHER, prior, np.tile(x, (8000, 1)))
-    error = np.hypot(values.std(0) / np.sqrt(200), many.std_error)
+    error = np.hypot(values.std(0) / 10, many.std_error)
     assert (np.abs(values.mean(0) - many.value) <= 4.5 * error + 1e-6).all()  # the kernel's own step has no error
 
 

@@ -193,6 +193,7 @@ def forward_weights(process, x, key, num):
     return p.log_prob(path) + process.last(path[:, 0]).log_prob(x) - q.log_prob(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gaussian", "words"])
 def test_weights_have_the_law_of_forward_paths(case):
     """Two-sample Kolmogorov-Smirnov, 8000 against 8000, p > 1e-5 (for words there are ties: conservative)."""
@@ -264,15 +265,19 @@ def test_the_entropy_of_gaussian_data_lies_between_its_bounds(scale):
         assert true[-1] > bounds.upper[-1] + 1e-6 and true[1] < bounds.upper[1]
 
 
+def same(x_t, t):
+    return x_t
+
+
 def entropy(law):
     return entr(law).sum(-1)
 
 
-COUNTS = {  # of the 8 words of 3 bits: many zeros; mostly ones; few words, far from the base rates in both directions
-    "silent": np.array([50, 20, 5, 1, 7, 2, 1, 0]),
-    "active": np.array([1, 3, 2, 9, 4, 11, 8, 30]),
-    "two words": np.array([0, 30, 0, 0, 10, 0, 0, 0]),
-    "all words": np.array([9, 10, 11, 12, 13, 10, 9, 8]),
+COUNTS = {  # of the 8 words of 3 bits: many zeros; mostly ones; two of them, far from the base rates both ways; all
+    "silent": np.array([47, 17, 5, 1, 7, 2, 1, 0]),
+    "active": np.array([1, 3, 2, 15, 4, 13, 9, 33]),
+    "two words": np.array([0, 60, 0, 0, 20, 0, 0, 0]),
+    "all words": np.array([9, 10, 11, 11, 13, 10, 8, 8]),
 }
 
 
@@ -284,8 +289,8 @@ def test_binomial_entropy_bounds(name, base, last_beta):
     states, law = words(3), COUNTS[name] / COUNTS[name].sum()
     betas, base = np.append(BETAS[:-1], last_beta), np.array(base)
     chain = BinaryChain(base, betas, np.zeros((6, 8, 3)), "kernel")
-    kernel = ppd.BinomialKernel((3,), base[0] if len(set(base)) == 1 else base)
-    prior = ppd.Diffusion(kernel, ppd.FixedSchedule(betas), lambda x_t, t: x_t).prior({})
+    kernel = ppd.BinomialKernel((3,), base[0] if len(set(base)) == 1 else base)  # a number will do
+    prior = ppd.Diffusion(kernel, ppd.FixedSchedule(betas), same).prior({})
     with enable_x64():
         bounds = ppd.entropy_bounds(prior, np.repeat(states, COUNTS[name], axis=0))
     lower, upper, true = [], [], []
@@ -333,11 +338,11 @@ def test_the_exact_processs_own_entropy_is_inside():
 def test_reverse_entropy_of_words(last_step):
     """Against the expectation over q(x_t) by enumeration; |z| < 4.5 in six steps."""
     prior, exact = enumerated(last_step)
-    counts = 400 * (1 + np.arange(16) % 3)
+    counts = 100 * (1 + np.arange(16) % 3)
     found = ppd.reverse_entropy(KEY, prior, np.repeat(WORDS, counts, axis=0))
     law = counts / counts.sum()
     for t in range(1, 7):
         truth = law @ exact.marginal(t) @ entropy(exact.reverse(t))
         error = max(found.std_error[t - 1], 1e-6)  # at t = T, where the network does not see x_0, it may be small
         assert abs(found.value[t - 1] - truth) < Z * error
-        assert error < 0.02
+        assert error < 0.04
