@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import flow, naive_numpyro, precision, sampling, training_step
+from benchmarks import flow, gradient_variance, naive_numpyro, precision, sampling, training_step
 from benchmarks.timing import CAPTION, Row, as_markdown, as_text
 
 
@@ -15,7 +15,10 @@ def main() -> None:
     """Measures, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--only", help="some of training_step, sampling, naive_numpyro, precision, flow, by commas")
+    parser.add_argument(
+        "--only",
+        help="some of training_step, sampling, naive_numpyro, gradient_variance, precision, flow, by commas",
+    )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder for the figure of flow")
@@ -24,6 +27,7 @@ def main() -> None:
         "training_step": training_step.rows,
         "sampling": sampling.rows,
         "naive_numpyro": naive_numpyro.rows,
+        "gradient_variance": gradient_variance.rows,
         "precision": precision.rows,
         "flow": partial(flow.rows, fresh=args.fresh, figures=args.figures),
     }

@@ -12,15 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 import pp_diffusion as ppd
 from benchmarks.setting import BATCH, diffusion, swiss_roll
 from benchmarks.timing import Row, Sides, Spread, not_run, seconds
+from examples import gap
+from examples.swiss_roll import fresh_points
 from pp_diffusion.datasets.swiss_roll import sample_swiss_roll
 
 
@@ -93,14 +93,14 @@ def train_ours(
     program = diffusion(num_timesteps, data.train, last_step=last_step)
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(500, updates // 2), updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    source = _draw_batch if fresh else data.train
+    source = fresh_points if fresh else data.train
     fit = partial(ppd.fit, jax.random.key(1), program, source, batch_size=BATCH, num_times=2, optimizer=optimizer)
     compiling = seconds(lambda: fit(num_steps=1, progress_bar=False).state)
     results: list[ppd.FitResult] = []
     training = seconds(lambda: results.append(fit(num_steps=updates, progress_bar=False)))
     bound = ppd.lower_bound(jax.random.key(2), results[0].prior, data.test, num_samples=2)
     what = f"T = {num_timesteps}, last step by the {last_step}, {updates} updates"
-    return Trained(what, training, compiling, *_gap(data, bound.value))
+    return Trained(what, training, compiling, *gap.paired(data, bound.value))
 
 
 def train_flow(data: ppd.datasets.Dataset, epochs: int, small: bool, fresh: bool, *, decay: bool) -> Trained:
@@ -138,7 +138,7 @@ def train_flow(data: ppd.datasets.Dataset, epochs: int, small: bool, fresh: bool
     log_prob = eqx.filter_jit(results[0].log_prob)(units._inverse(data.test)) - jnp.sum(jnp.log(units.scale))
     what = f"spline flow, {num_train * epochs} points" if fresh else f"spline flow, {epochs} epoch{'s' * (epochs > 1)}"
     what += ", decaying rate" if decay else ""
-    return Trained(what, training, max(first - training / epochs, 0), *_gap(data, log_prob))
+    return Trained(what, training, max(first - training / epochs, 0), *gap.paired(data, log_prob))
 
 
 def draw(curves: dict[str, list[Trained]]) -> Figure:
@@ -154,13 +154,3 @@ def draw(curves: dict[str, list[Trained]]) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     return figure
-
-
-def _draw_batch(rng_key: Array) -> Array:
-    return sample_swiss_roll(rng_key, BATCH)
-
-
-def _gap(data: ppd.datasets.Dataset, log_prob: Array) -> tuple[float, float]:
-    assert data.log_prob is not None
-    bits = np.asarray(ppd.units.nats_to_bits(data.log_prob(data.test) - log_prob), dtype=np.float64)
-    return float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(bits.size))

@@ -100,7 +100,8 @@ def _figure(results: list[Row]) -> Any:
     figure = Figure(figsize=(5, 4), layout="constrained", dpi=120)
     axis = figure.subplots()
     axis.plot(lengths, [row.variance for row in results], "o-", label="variance of log w")
-    axis.errorbar(lengths, [row.gap for row in results], [row.gap_error for row in results], fmt="s-", label="log p − K")
+    errors = [row.gap_error for row in results]
+    axis.errorbar(lengths, [row.gap for row in results], errors, fmt="s-", label="log p − K")
     axis.plot(lengths, [row.error for row in results], "^-", label="error of log p, eq. 9")
     axis.plot(lengths, results[-1].variance * (lengths[-1] / lengths) ** 2, "k:", lw=0.8, label="1/T²")
     axis.set(xscale="log", yscale="log", xlabel="T", ylabel="nats")

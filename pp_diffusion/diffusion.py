@@ -21,7 +21,7 @@ from pp_diffusion._frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import Network, ReverseProcess
-from pp_diffusion.schedules import Schedule, positive_int
+from pp_diffusion.schedules import Rates, Schedule, positive_int
 from pp_diffusion.trajectories import (
     ForwardTrajectory,
     PosteriorTrajectory,
@@ -313,10 +313,13 @@ class Diffusion(Frozen):
         :param context: covariates, an array (or pytree) with N as its first axis.
         :param batch_size: rows drawn per evaluation, with replacement; ``None`` takes all.
         :param num_times: time steps drawn per row, evaluated in one network call.
-        :raises ValueError: where the schedule is learned: the errors vanish with the rates.
+        :raises ValueError: where the schedule is learned: the errors vanish with the rates; or where no step is the
+            network's.
         """
         if self.schedule.init_params() is not None:
             raise ValueError("schedule must be fixed for squared errors, which vanish with the rates; it is learned")
+        if self.num_timesteps == 1 and self.last_step == "kernel":
+            raise ValueError("last_step must be 'network' for squared errors of one step: the kernel's has no f_mu")
         self._subsampled_model(x, context, batch_size, num_times, step_squared_error, with_ends=False)
 
     def prior(
@@ -538,7 +541,7 @@ def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_tim
     num_steps = process.num_timesteps - first
     if num_times >= num_steps:
         return first + stratified_times(rng_key, batch_size, num_times, num_steps), jnp.ones(())
-    importance = jax.lax.stop_gradient(process.kernel.step_importance(process.rates.at(slice(first, None))))
+    importance = jax.lax.stop_gradient(step_importance(process.kernel, process.rates.at(slice(first, None))))
     shares = UNIFORM_SHARE / num_steps + (1 - UNIFORM_SHARE) * importance / importance.sum()
     edges = jnp.cumsum(shares)
     edges = jnp.concatenate([jnp.zeros(1), edges / edges[-1]])
@@ -546,11 +549,36 @@ def draw_steps(rng_key: Array, process: ReverseProcess, batch_size: int, num_tim
     return first + index, 1 / (num_steps * jnp.diff(edges)[index])  # the law as rounded, not as meant
 
 
+def step_importance(kernel: Kernel, rates: Rates) -> Array:
+    """:meth:`Kernel.step_importance`, checked.
+
+    :raises ValueError: naming it.
+    """
+    importance = jnp.asarray(kernel.step_importance(rates))
+    if importance.shape != rates.t.shape:
+        raise ValueError(
+            f"kernel.step_importance must have the shape of rates.t, {rates.t.shape}; got {importance.shape}"
+        )
+    check_importance(importance)
+    return importance
+
+
+def check_importance(importance: Array) -> None:
+    """Refuses values, where they are known, that are no law to draw steps by.
+
+    :raises ValueError: naming ``kernel.step_importance``.
+    """
+    if isinstance(importance, jax.core.Tracer) or not importance.size:
+        return
+    values = np.asarray(importance)
+    if not ((values >= 0) & (values < np.inf)).all() or not values.any():
+        raise ValueError(f"kernel.step_importance must be finite, not negative, and not all 0; got {values}")
+
+
 def stratified_times(rng_key: Array, batch_size: int, num_times: int, num_steps: int) -> Array:
     """Indices 0…num_steps-1 of shape ``(num_times, batch_size)``, each uniform, spread evenly within every column and
     over the batch (with ``num_times == num_steps`` every column holds each step once)."""
-    places = stratified_places(rng_key, batch_size, num_times)
-    return jnp.minimum((places * num_steps).astype(int), num_steps - 1)
+    return (stratified_places(rng_key, batch_size, num_times) * num_steps).astype(int)
 
 
 def stratified_places(rng_key: Array, batch_size: int, num_times: int) -> Array:
@@ -559,6 +587,7 @@ def stratified_places(rng_key: Array, batch_size: int, num_times: int) -> Array:
     turn_key, place_key = jax.random.split(rng_key)
     turn = jax.random.randint(turn_key, (), 0, batch_size)
     place = ((jnp.arange(batch_size) + turn) % batch_size + jax.random.uniform(place_key, (batch_size,))) / batch_size
+    place = jnp.minimum(place, 1 - num_times * jnp.finfo(place.dtype).eps)  # sums do not round up to the next stratum
     return (jnp.arange(num_times)[:, None] + place) / num_times
 
 

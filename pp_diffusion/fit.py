@@ -19,7 +19,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from pp_diffusion.diffusion import Diffusion, check_context_rows
+from pp_diffusion.diffusion import Diffusion, check_context_rows, check_importance, step_importance
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.transforms import check_not_constant, name_columns
@@ -119,6 +119,7 @@ def fit(
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
     :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).
+        It does not hold the objective: training goes on with the one given here.
     :param progress_bar: shows rate, time left and the bound (a running mean over batches) in nats and bits.
     :raises ValueError: for data that are empty, not finite, of the wrong shape, outside the kernel's support, or
         constant in a coordinate.
@@ -150,13 +151,16 @@ def fit(
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
     if objective == "mse" and diffusion.schedule.init_params() is not None:
         raise ValueError("objective must be 'bound' for a learned schedule: squared errors vanish with the rates")
+    if objective == "mse" and diffusion.num_timesteps == 1 and diffusion.last_step == "kernel":
+        raise ValueError("objective must be 'bound' for T = 1 with last_step='kernel': no step is the network's")
     source = _source(diffusion, data, context, batch_size, rng_key)
     settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw, objective)
     init_key, _ = jax.random.split(rng_key)
     if state is None:
-        state = _init(diffusion, source.example, init_key, settings)
+        state, importance = _init(diffusion, source.example, init_key, settings)
+        check_importance(importance)
     else:
-        fresh = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
+        fresh, _ = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
         if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
             raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
 
@@ -216,12 +220,26 @@ def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int, num_steps: Ar
     return SVI(model, diffusion.bound_guide, optimizer, Trace_ELBO())
 
 
+def _with_constraints(svi: SVI, x: Array, context: Any) -> SVI:
+    """``svi`` with the constraints of its parameters, which it learns when it starts; here abstractly, so that nothing
+    of a start gets into a compiled program."""
+    x, context = jax.tree.map(lambda a: a[:1], (x, context))
+    jax.eval_shape(lambda: svi.init(jax.random.key(0), x, context=context))
+    return svi
+
+
 @partial(jax.jit, static_argnums=3)
-def _init(diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings) -> FitState:
+def _init(
+    diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings
+) -> tuple[FitState, Array]:
+    """The first state, and how often each step of the network's is to be drawn, whose values the caller can check."""
     x, context = example
     svi = _svi(diffusion, settings, len(x))
     svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
-    return FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+    first = 1 if diffusion.last_step == "kernel" else 0
+    rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
+    state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+    return state, step_importance(diffusion.kernel, rates)
 
 
 @partial(jax.jit, static_argnums=5)
@@ -241,8 +259,7 @@ def _run(
             x, context = jax.tree.map(lambda a: a[i], data)
         else:
             x, context = data
-        svi = _svi(diffusion, settings, len(x), last_step)
-        svi.init(jax.random.key(0), x[:1], context=jax.tree.map(lambda c: c[:1], context))  # fills in its constraints
+        svi = _with_constraints(_svi(diffusion, settings, len(x), last_step), x, context)
         svi_state, loss = svi.update(
             svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
         )
@@ -375,9 +392,7 @@ def _result(
     diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: _Source
 ) -> FitResult:
     if settings.average is None:
-        svi = _svi(diffusion, settings, 1)
-        svi.init(jax.random.key(0), source.example[0], context=source.example[1])
-        params = svi.get_params(state.svi)
+        params = _with_constraints(_svi(diffusion, settings, 1), *source.example).get_params(state.svi)
     else:
         params = state.average
     all_losses = np.concatenate(losses) if losses else np.zeros(0)

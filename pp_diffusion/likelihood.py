@@ -28,8 +28,9 @@ from pp_diffusion.units import nats_to_bits
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-MAX_PARETO_K = 0.7  # above, no error can be stated (Vehtari et al. 2024)
-MAX_STD_ERROR = 0.3  # nats; above, the error of the log is not that of a normal variable
+MAX_PARETO_K = 0.7  # from here on, no error can be stated (Vehtari et al. 2024)
+BELIEVABLE_PARETO_K = 0.5  # from here on, the weights have no variance
+BELIEVABLE_STD_ERROR = 0.2  # nats
 BELIEVABLE, DOUBTFUL, BOUND_ONLY = "believable", "doubtful", "bound only"
 
 
@@ -44,8 +45,10 @@ class LogProbEstimate:
         where they are not.
     :ivar psis_value: the same after Pareto smoothing of the largest weights (ArviZ's PSIS): less variance where the
         weights have a tail, no longer exactly unbiased for p(x).
-    :ivar std_error: of ``value``, by the delta method: the standard error of the mean weight over that mean. NaN where
-        ``pareto_k`` is 0.7 or more, because the sample's own spread then says nothing.
+    :ivar std_error: of ``value``, by the delta method: the standard error of the mean weight over that mean, in whose
+        square the weight farthest from the mean is counted once more, because weights have a long tail to the right
+        and a sample mostly ends before it does. NaN where ``pareto_k`` is 0.7 or more: the sample's own spread then
+        says nothing.
     :ivar ess: Kish's effective sample size of the weights, 1…num_trajectories.
     :ivar pareto_k: Pareto k-hat, the shape of the tail of the weights: their moments of order 1/k and above are
         infinite. Minus infinity where the largest weights are all equal (no tail), infinity where there are too few
@@ -86,13 +89,13 @@ class LogProbEstimate:
     def verdict(self) -> np.ndarray:
         """``"believable"``, ``"doubtful"`` or ``"bound only"`` per datum.
 
-        Bound only: k-hat is 0.7 or more, or there are less than 25 trajectories. Doubtful: k-hat is above
-        :attr:`good_k`, or ``std_error`` above 0.3 nats. What no weight has shown, such as a mode that none of the
-        trajectories met, no rule can see.
+        Bound only: k-hat is 0.7 or more, or there are less than 25 trajectories. Doubtful: k-hat is 0.5 or more, or
+        above :attr:`good_k`, or ``std_error`` is above 0.2 nats. What no weight has shown, such as a mode that none of
+        the trajectories met, no rule can see.
         """
-        doubtful = (self.pareto_k > self.good_k) | (self.std_error > MAX_STD_ERROR)
-        verdict = np.where(doubtful, DOUBTFUL, BELIEVABLE)
-        return np.where(self.pareto_k < MAX_PARETO_K, verdict, BOUND_ONLY)
+        most = min(self.good_k, BELIEVABLE_PARETO_K)
+        believable = (self.pareto_k < most) & (self.std_error <= BELIEVABLE_STD_ERROR)
+        return np.where(self.pareto_k < MAX_PARETO_K, np.where(believable, BELIEVABLE, DOUBTFUL), BOUND_ONLY)
 
     @property
     def total_verdict(self) -> str:
@@ -330,7 +333,8 @@ def _summarise(log_weights: np.ndarray, bounds: np.ndarray, source: _Source) -> 
     value = _log_mean_exp(flat)
     with np.errstate(divide="ignore", invalid="ignore"):  # one trajectory has no error; no weight at all has no mean
         relative = np.exp(flat - value)
-        error = np.sqrt(((relative - 1) ** 2).sum(0) / (count - 1) / count)
+        squares = (relative - 1) ** 2
+        error = np.sqrt(squares.sum(0) / (count - 1) / count + squares.max(0) / count**2)
         ess = count / (relative**2).mean(0)
         bound_error = bounds.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(batch_shape, np.nan)
     return LogProbEstimate(

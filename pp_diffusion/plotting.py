@@ -1,4 +1,4 @@
-"""Figures: samples, the paper's figure 1, losses, entropies, likelihoods. Each function returns the figure."""
+"""Figures: samples, the paper's figure 1, losses, entropies, likelihoods; each drawn with matplotlib and returned."""
 
 from __future__ import annotations
 

@@ -73,6 +73,16 @@ def diffusion(**changes):
     return ppd.Diffusion(**{"kernel": GAUSS, "schedule": SCHEDULE, "network": two, **changes})
 
 
+def steered(importance, **changes):
+    """A kernel with a step_importance of the user's."""
+
+    class Steered(ppd.GaussianKernel):
+        def step_importance(self, rates):
+            return importance(rates)
+
+    return diffusion(kernel=Steered((2,)), **changes)
+
+
 class Bad(NamedTuple):
     name: str
     call: Callable[[], Any]
@@ -285,6 +295,43 @@ CASES = [
     Bad("fit num_times", lambda: fit(X, num_times=0), ValueError, "num_times"),
     Bad("average", lambda: fit(X, average=1.0), ValueError, "average must be in"),
     Bad("objective", lambda: fit(X, objective="score"), ValueError, "objective must be 'bound' or 'mse'"),
+    Bad(
+        "mse without a step of the network's",
+        lambda: fit(X, diffusion(schedule=ppd.FixedSchedule([0.3]), network=MLP((3,))), objective="mse"),
+        ValueError,
+        "objective must be 'bound' for T = 1 with last_step='kernel'",
+    ),
+    Bad(
+        "mse_model without a step of the network's",
+        lambda: program("mse_model", X, diffusion=diffusion(schedule=ppd.FixedSchedule([0.3]))),
+        ValueError,
+        "last_step must be 'network' for squared errors",
+    ),
+    Bad(
+        "importance 0",
+        lambda: fit(X, steered(lambda rates: 0 * rates.drop)),
+        ValueError,
+        r"kernel.step_importance must be finite, not negative, and not all 0; got \[0. 0.\]",
+    ),
+    Bad("importance negative", lambda: fit(X, steered(lambda rates: 2.5 - rates.t)), ValueError, "step_importance"),
+    Bad(
+        "importance NaN",
+        lambda: fit(X, steered(lambda rates: jnp.log(2 - rates.t), schedule=ppd.LearnedSchedule(3, 0.01))),
+        ValueError,
+        "step_importance must be finite",
+    ),
+    Bad(
+        "importance shape",
+        lambda: fit(X, steered(lambda rates: jnp.ones(()))),
+        ValueError,
+        r"step_importance must have the shape of rates.t, \(2,\); got \(\)",
+    ),
+    Bad(
+        "importance in bound_model",
+        lambda: program("bound_model", X, diffusion=steered(lambda rates: -rates.drop)),
+        ValueError,
+        "step_importance must be finite",
+    ),
     Bad("model batch_size 0", lambda: program("model", X, batch_size=0), ValueError, "batch_size must be an integer"),
     Bad("model batch_size", lambda: program("model", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
     Bad("guide batch_size", lambda: program("guide", X, batch_size=5), ValueError, "batch_size must be in 1…4"),
@@ -390,6 +437,12 @@ def test_bad_input_is_named(case, caplog):
         case.call()
     compiled = set(re.findall(r"Compiling (?:jit\()?(\w+)", caplog.text))
     assert not compiled & LARGE
+
+
+def test_an_importance_of_ones_own_is_taken():
+    for schedule in (SCHEDULE, ppd.LearnedSchedule(3, 0.01)):  # a step may be left to the uniform share
+        result = fit(X, steered(lambda rates: rates.t - 2, schedule=schedule, network=MLP((3,))), num_steps=2)
+        assert np.isfinite(result.losses).all()
 
 
 def test_the_compile_guard_sees_compilations(caplog):

@@ -1,5 +1,6 @@
 """The comparators compute what we compute; the table holds together. No test asserts a time."""
 
+import re
 import sys
 from functools import cache
 
@@ -12,7 +13,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from benchmarks import flow, naive_numpyro, precision, sampling, setting, timing, training_step
+from benchmarks import flow, gradient_variance, naive_numpyro, precision, sampling, setting, timing, training_step
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
 from benchmarks.reference import naive_numpyro as naive
@@ -138,7 +139,32 @@ def test_rounding_is_that_of_the_format():
     assert off[0] < 1e-6 < 1e-5 < off[1] < off[2] < 0.1
 
 
-@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, precision, flow])
+def test_all_ways_to_draw_the_steps_have_one_mean():
+    """The loss's, within 4.5 standard errors of the noisier; one time for the batch has by far the largest variance."""
+    diffusion = ppd.Diffusion(
+        ppd.GaussianKernel((2,)), ppd.LearnedSchedule(9, 1e-2), ppd.networks.MLP((4,)), last_step="network"
+    )
+    params, x = diffusion.init_params(jax.random.key(0)), jax.random.normal(jax.random.key(1), (300, 2)) * 0.3
+    ways = ("importance", "uniform", "one for the batch")
+    drawn = {times: gradient_variance.draws(diffusion, params, x, times, 300) for times in ways}
+    mean = {times: np.asarray(drawn[times]["loss"], np.float64).mean() for times in ways}
+    variance = {times: gradient_variance.variances(drawn[times]) for times in ways}
+    for times in ways[1:]:
+        error = np.sqrt((variance[times]["loss"] + variance["importance"]["loss"]) / 300)
+        assert abs(mean[times] - mean["importance"]) < 4.5 * error
+    assert variance["one for the batch"]["loss"] > 5 * variance["uniform"]["loss"]
+    assert set(variance["uniform"]) == {"loss", diffusion.network_site, diffusion.schedule_site}
+
+
+FIGURE = r"\d[\d.e+-]*"
+NOTES = {  # of rows that time nothing
+    gradient_variance: f"importance: {FIGURE}, uniform: {FIGURE}, one for the batch: {FIGURE}",
+    precision: ".* bits",
+    flow: ".* bits",
+}
+
+
+@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, gradient_variance, precision, flow])
 def test_rows(module, tmp_path):
     if module is flow:
         pytest.importorskip("flowjax")
@@ -148,7 +174,7 @@ def test_rows(module, tmp_path):
         if row.note.startswith("not run"):
             assert "GPU" in row.note
         elif row.seconds is None:
-            assert module in (precision, flow) and row.note.endswith("bits")
+            assert re.fullmatch(NOTES[module], row.note)
         else:
             assert np.isfinite([*row.seconds, *row.ratio]).all() and min(row.ratio) > 0
             assert row.compile is None or min(row.compile) >= 0

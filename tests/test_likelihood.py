@@ -67,7 +67,9 @@ def test_its_parts_are_those_of_the_weights(prior, x):
     estimate = ppd.estimate_log_prob(KEY, prior, x, 400)
     weights = np.exp(estimate.log_weights)
     np.testing.assert_allclose(estimate.value, logsumexp(estimate.log_weights, 0) - np.log(400), rtol=1e-12)
-    np.testing.assert_allclose(estimate.std_error, weights.std(0, ddof=1) / np.sqrt(400) / weights.mean(0), rtol=1e-9)
+    farthest = np.abs(weights / weights.mean(0) - 1).max(0) / 400  # counted once more
+    delta = weights.std(0, ddof=1) / np.sqrt(400) / weights.mean(0)
+    np.testing.assert_allclose(estimate.std_error, np.hypot(delta, farthest), rtol=1e-9)
     np.testing.assert_allclose(estimate.ess, weights.sum(0) ** 2 / (weights**2).sum(0), rtol=1e-9)
     assert (estimate.ess > 1).all() and (estimate.ess < 400).all()
     np.testing.assert_array_equal(estimate.gap, estimate.value - estimate.bound)
@@ -178,7 +180,7 @@ def test_verdicts():
 def test_a_large_error_is_doubtful_whatever_the_tail():
     wide = made_of(np.where(np.arange(25) % 5, -5.0, 5.0), np.where(np.arange(25) % 5, 1.0, 1.5))
     assert (wide.pareto_k == -np.inf).all()
-    assert wide.std_error[0] > 0.3 > wide.std_error[1]
+    assert wide.std_error[0] > 0.2 > wide.std_error[1]
     np.testing.assert_array_equal(wide.verdict, [DOUBTFUL, BELIEVABLE])
 
 

@@ -21,7 +21,7 @@ from numpyro.infer import (
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps, stratified_times
+from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps, stratified_places, stratified_times
 from pp_diffusion.trajectories import fixed_terms, step_cost
 
 SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
@@ -300,6 +300,20 @@ def test_stratified_times_are_spread_evenly(sizes, seed):
             assert (counts == 1).all()
     counts = np.bincount(times.ravel(), minlength=num_steps)
     assert np.abs(counts - times.size / num_steps).max() < 2 + num_times
+
+
+@pytest.mark.parametrize(("num_times", "batch_size"), [(1, 1), (1, 512), (3, 512), (7, 5), (64, 512), (1000, 3)])
+def test_places_stay_in_their_stratum(num_times, batch_size, monkeypatch):
+    """Also with the largest uniform numbers that there are, of which rounding makes the start of the next stratum."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, np.nextafter(np.float32(1), 0)))
+    strata = np.broadcast_to(np.arange(num_times)[:, None], (num_times, batch_size))
+    for seed in range(3):
+        key = jax.random.key(seed)
+        places = np.asarray(stratified_places(key, batch_size, num_times))
+        assert places.max() < 1
+        np.testing.assert_array_equal(np.floor(places.astype(np.float64) * num_times), strata)
+        np.testing.assert_array_equal(stratified_times(key, batch_size, num_times, num_times), strata)
+        assert stratified_times(key, batch_size, num_times, 1009).max() == 1008
 
 
 TIMES = jax.jit(stratified_times, static_argnums=(1, 2, 3))

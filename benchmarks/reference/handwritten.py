@@ -61,12 +61,10 @@ def init(rng_key: Array) -> Weights:
 
 
 def network(weights: Weights, x: Array, log_snr: Array) -> tuple[Array, Array]:
-    """v and the log of the variance's excess, each of x's shape."""
+    """v and the log of the variance's excess, each of x's shape; one ``log_snr`` for all of x, or one per point."""
     time = jnp.clip(log_snr, -20, 20)[..., None] / 8
-    angles = x[..., None] * jnp.array([1.0, 2.0])
-    times = time[..., None] * jnp.array([1.0, 2.0, 4.0, 8.0])
-    waves = [jnp.concatenate([jnp.sin(a), jnp.cos(a)], -1).reshape(*log_snr.shape, -1) for a in (angles, times)]
-    hidden = jnp.concatenate([x, *waves, time], -1)
+    parts = [x, waves(x, 2), jnp.broadcast_to(jnp.concatenate([waves(time, 4), time], -1), (*x.shape[:-1], 9))]
+    hidden = jnp.concatenate(parts, -1)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # rows: products over several batch axes are slower
     for matrix, bias in weights[:-1]:
         hidden = jax.nn.gelu(jnp.dot(hidden, matrix, precision="highest") + bias)
@@ -75,8 +73,14 @@ def network(weights: Weights, x: Array, log_snr: Array) -> tuple[Array, Array]:
     return out[..., :2], out[..., 2:]
 
 
+def waves(x: Array, octaves: int) -> Array:
+    """sin and cos of each entry at so many octaves."""
+    angles = x[..., None] * 2.0 ** jnp.arange(octaves)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*x.shape[:-1], -1)
+
+
 def reverse(weights: Weights, x: Array, step: Chain) -> tuple[Array, Array]:
-    """Mean and variance of p(x_{t-1} | x_t)."""
+    """Mean and variance of p(x_{t-1} | x_t); one step for all of x, or one per point."""
     v, log_excess = network(weights, x, step.log_snr)
     column = jax.tree.map(lambda a: a[..., None], step)
     x_0 = column.signal * x - column.noise * v
@@ -159,7 +163,6 @@ def sample(rng_key: Array, weights: Weights, chain: Chain, num: int) -> Array:
 
     def step(x: Array, at: tuple[Array, Chain]) -> tuple[Array, None]:
         key, constants = at
-        constants = jax.tree.map(lambda a: jnp.broadcast_to(a, (num,)), constants)
         mean, variance = reverse(weights, x, constants)
         return mean + jnp.sqrt(variance) * jax.random.normal(key, (num, 2)), None
 

@@ -22,7 +22,7 @@ def model(chain: Chain, x_0: Array) -> None:
     weights = numpyro.param("weights", init)
 
     def step(x: Array, constants: Chain) -> tuple[Array, None]:
-        mean, variance = reverse(weights, x, jax.tree.map(lambda a: jnp.broadcast_to(a, len(x_0)), constants))
+        mean, variance = reverse(weights, x, constants)
         return numpyro.sample("x", dist.Normal(mean, jnp.sqrt(variance)).to_event(2)), None
 
     end = numpyro.sample("x_T", dist.Normal(jnp.zeros_like(x_0), 1.0).to_event(2))
