@@ -77,7 +77,8 @@ class LogProbEstimate:
     @property
     def gap(self) -> np.ndarray:
         """log p − K per datum, nats: what the bound gives away."""
-        return self.value - self.bound
+        with np.errstate(invalid="ignore"):  # NaN where no trajectory has any weight
+            return self.value - self.bound
 
     @property
     def good_k(self) -> float:
@@ -233,7 +234,8 @@ class LogProbEstimate:
     def _bootstrap(self, num_batches: int = 64) -> np.ndarray:
         """Draws of log p by the Bayesian bootstrap over batches of trajectories, shaped like ``log_weights``."""
         count = self.num_trajectories
-        relative = np.exp(self.log_weights.reshape(count, -1) - self.value.ravel())
+        with np.errstate(invalid="ignore"):  # NaN, as below, where no trajectory has any weight
+            relative = np.exp(self.log_weights.reshape(count, -1) - self.value.ravel())
         starts = np.unique(np.linspace(0, count, num_batches, endpoint=False).astype(int))
         sums, sizes = np.add.reduceat(relative, starts), np.diff([*starts, count])
         generator, draws = np.random.default_rng(0), np.empty((count, sums.shape[1]))
@@ -358,7 +360,8 @@ def _good_k(num_draws: int) -> float:
 
 
 def _error_over_data(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # a datum without any weight
+        return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
 
 
 def _even(total: int, most: int) -> tuple[int, int]:

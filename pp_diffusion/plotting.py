@@ -170,10 +170,11 @@ def convergence(estimate: LogProbEstimate, exact: Any = None) -> Figure:
     numbers = np.unique(np.append(2 ** np.arange(int(np.log2(count)) + 1), count))
     values = log_sums[numbers - 1] - np.log(numbers)[:, None]
     against = estimate.bound.ravel()  # paired, so that the spread over the data drops out
-    gains = values - against
+    with np.errstate(invalid="ignore"):  # trajectories without any weight
+        gains = values - against
+        mean, error = gains.mean(1), gains.std(1) / np.sqrt(gains.shape[1])
     figure, axes = _subplots(1, 1, 4.0)
     axis = axes[0][0]
-    mean, error = gains.mean(1), gains.std(1) / np.sqrt(gains.shape[1])
     axis.errorbar(numbers, mean, error, marker=".", capsize=2, label="log p, as estimated")
     axis.axhline(0, color="C1", label="K")
     if exact is not None:

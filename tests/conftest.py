@@ -3,13 +3,19 @@
 Not so the tests of exact answers and of float32 at its ends, which run as a user's program does.
 """
 
+from importlib.metadata import version
+
 import jax
 import pytest
 
 LIGHT = (
     *("bad_input", "bounds", "checkpoint", "fit", "models", "networks", "plotting", "prior", "programs", "readme"),
-    *("trajectories", "transforms"),
+    *("trajectories", "transforms", "likelihood", "arviz", "entropies"),
 )
+
+
+def pytest_report_header():
+    return f"arviz {version('arviz')}"  # of two generations; not imported, which would read its back ends
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 
@@ -33,6 +34,7 @@ GAUSSIAN = ppd.Diffusion(GAUSS, SCHEDULE, two)
 BINOMIAL = ppd.Diffusion(BINOM, SCHEDULE, one)
 TRAINED = ppd.Diffusion(GAUSS, SCHEDULE, MLP((3,)))
 LEARNED = ppd.Diffusion(GAUSS, ppd.LearnedSchedule(3, 0.01), MLP((3,)))
+POSITIVE = ppd.Diffusion(GAUSS, SCHEDULE, two, transform=dist.transforms.ExpTransform())
 LABELS = np.eye(3)[[0, 1, 2, 0]]
 
 
@@ -48,6 +50,18 @@ def fit(data, diffusion=TRAINED, **settings):
 
 def bound(x, diffusion=GAUSSIAN, **settings):
     return ppd.lower_bound(KEY, diffusion.prior({}), x, **settings)
+
+
+def estimate(x, diffusion=GAUSSIAN, num_trajectories=10, **settings):
+    return ppd.estimate_log_prob(KEY, diffusion.prior({}), x, num_trajectories, **settings)
+
+
+def reverse_entropy(x, **settings):
+    return ppd.reverse_entropy(KEY, GAUSSIAN.prior({}), x, **settings)
+
+
+def entropy_bounds(data=None, diffusion=GAUSSIAN):
+    return ppd.entropy_bounds(diffusion.prior({}), data)
 
 
 def program(name, *args, diffusion=GAUSSIAN, **kwargs):
@@ -112,6 +126,33 @@ CASES = [
     Bad("bound empty", lambda: bound(np.zeros((0, 2))), ValueError, "x must hold at least one datum"),
     Bad("bound None", lambda: bound(None), ValueError, "x must be data of shape"),
     Bad("bound non-binary", lambda: bound(X, BINOMIAL), ValueError, "x must be 0 or 1 for a BinomialKernel"),
+    Bad("estimate NaN", lambda: estimate(with_nan()), ValueError, "x must be finite"),
+    Bad("estimate event shape", lambda: estimate(np.ones((4, 3))), ValueError, r"x must have shape \(\*batch, 2\)"),
+    Bad("estimate empty", lambda: estimate(np.zeros((0, 2))), ValueError, "x must hold at least one datum"),
+    Bad("estimate None", lambda: estimate(None), ValueError, "x must be data of shape"),
+    Bad("estimate non-binary", lambda: estimate(X, BINOMIAL), ValueError, "x must be 0 or 1 for a BinomialKernel"),
+    Bad(
+        "estimate support", lambda: estimate(X, POSITIVE), ValueError, "x must lie in the transform's codomain; 2 data"
+    ),
+    Bad("entropy NaN", lambda: reverse_entropy(with_nan()), ValueError, "x must be finite"),
+    Bad("entropy shape", lambda: reverse_entropy(np.ones((4, 3))), ValueError, r"x must have shape \(\*batch, 2\)"),
+    Bad("entropy empty", lambda: reverse_entropy(np.zeros((0, 2))), ValueError, "x must hold at least one datum"),
+    Bad("entropy None", lambda: reverse_entropy(None), ValueError, "x must be data of shape"),
+    Bad("entropy bounds NaN", lambda: entropy_bounds(with_nan()), ValueError, "data must be finite"),
+    Bad(
+        "entropy bounds shape",
+        lambda: entropy_bounds(np.ones((4, 3))),
+        ValueError,
+        r"data must have shape \(\*batch, 2",
+    ),
+    Bad("entropy bounds empty", lambda: entropy_bounds(np.zeros((0, 2))), ValueError, "data must hold at least one"),
+    Bad("entropy bounds non-binary", lambda: entropy_bounds(X, BINOMIAL), ValueError, "data must be 0 or 1"),
+    Bad(
+        "entropy bounds no data",
+        lambda: entropy_bounds(None, BINOMIAL),
+        ValueError,
+        "data are required: .* BinomialKernel",
+    ),
     Bad("model NaN", lambda: program("model", with_nan()), ValueError, "x must be finite"),
     Bad("model axes", lambda: program("model", X[None]), ValueError, r"x must have shape \(N, 2\)"),
     Bad("guide shape", lambda: program("guide", np.ones((4, 3))), ValueError, "x must have shape"),
@@ -314,6 +355,34 @@ CASES = [
     ),
     Bad("num_samples", lambda: bound(X, num_samples=0), ValueError, "num_samples must be an integer >= 1"),
     Bad("chunk_size", lambda: bound(X, chunk_size=0), ValueError, "chunk_size must be an integer >= 1"),
+    Bad(
+        "trajectories 0",
+        lambda: estimate(X, num_trajectories=0),
+        ValueError,
+        "num_trajectories must be an integer >= 1",
+    ),
+    Bad(
+        "trajectories negative", lambda: estimate(X, num_trajectories=-1), ValueError, "num_trajectories must be an int"
+    ),
+    Bad(
+        "trajectories float",
+        lambda: estimate(X, num_trajectories=2.5),
+        ValueError,
+        "num_trajectories must be an integer",
+    ),
+    Bad(
+        "trajectories bool",
+        lambda: estimate(X, num_trajectories=True),
+        ValueError,
+        "num_trajectories must be an integer",
+    ),
+    Bad("estimate chunk_size", lambda: estimate(X, chunk_size=0), ValueError, "chunk_size must be an integer >= 1"),
+    Bad(
+        "entropy chunk_size", lambda: reverse_entropy(X, chunk_size=0), ValueError, "chunk_size must be an integer >= 1"
+    ),
+    Bad("estimate prior", lambda: ppd.estimate_log_prob(KEY, GAUSSIAN, X), TypeError, "prior must be a DiffusionPrior"),
+    Bad("entropy prior", lambda: ppd.reverse_entropy(KEY, GAUSSIAN, X), TypeError, "prior must be a DiffusionPrior"),
+    Bad("entropy bounds prior", lambda: ppd.entropy_bounds(GAUSSIAN, X), TypeError, "prior must be a DiffusionPrior"),
     Bad("Bound samples", lambda: ppd.Bound(KEY, num_samples=0), ValueError, "num_samples must be an integer >= 1"),
     Bad(
         "Importance trajectories",
@@ -346,7 +415,16 @@ CASES = [
     Bad("label integers", lambda: fit(X, context=np.arange(4)), ValueError, r"context must be floating .*one_hot"),
 ]
 
-LARGE = {"_run", "_bound_of_rows", "_sample", "_log_mean_weight", "scan", "while"}
+LARGE = {
+    "_run",
+    "_bound_of_rows",
+    "_sample",
+    "_log_mean_weight",
+    "_weights_of_rows",
+    "_entropies_of_rows",
+    "scan",
+    "while",
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

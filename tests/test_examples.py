@@ -23,6 +23,7 @@ FIGURES = {
     "heartbeat": ["heartbeat_paper_samples.png", "heartbeat_network_samples.png"],
     "schedules": ["schedules.png"],
     "digits": ["digits_samples.png"],
+    "quasi_static": ["quasi_static.png"],
 }
 
 
@@ -31,6 +32,7 @@ ROWS = {
     "heartbeat": ["-2.414", "the paper's network", "-2.3241"],
     "schedules": ["learned", "learned, T=1000", "mse", "best (exact, on a grid)", "tuning the end"],
     "digits": ["L_null"],
+    "quasi_static": ["T = 5", "T = 50", "falls as T to the power -"],
 }
 
 

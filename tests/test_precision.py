@@ -30,6 +30,8 @@ def test_large_offsets_are_refused():
     with pytest.raises(ValueError, match="x must be finite in float32"):
         ppd.lower_bound(jax.random.key(0), prior(), np.array([[1e39, 0.0]]))
     ppd.standardize(X + 1e3)  # here it is not
+    # one datum many times has no spread to lose, whatever its standard deviation rounds to
+    ppd.lower_bound(jax.random.key(0), prior(), np.tile(X[3], (1500, 1)))
 
 
 NO_TRANSFORMS = {
