@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import flow, gradient_variance, naive_numpyro, precision, sampling, training_step
+from benchmarks import flow, gradient_variance, likelihood, naive_numpyro, precision, sampling, training_step
 from benchmarks.timing import CAPTION, Row, as_markdown, as_text
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, sampling, naive_numpyro, gradient_variance, precision, flow, by commas",
+        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, by commas",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -26,6 +26,7 @@ def main() -> None:
     comparisons: dict[str, Callable[[bool], list[Row]]] = {
         "training_step": training_step.rows,
         "sampling": sampling.rows,
+        "likelihood": likelihood.rows,
         "naive_numpyro": naive_numpyro.rows,
         "gradient_variance": gradient_variance.rows,
         "precision": precision.rows,

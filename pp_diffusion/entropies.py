@@ -140,8 +140,6 @@ def reverse_entropy(
     _kernel_and_rates(prior)
     chunk_size = positive_int("chunk_size", chunk_size)
     rows, contexts, _ = as_rows(prior, prior.diffusion.check_data(x))
-    if not len(rows):
-        raise ValueError(f"x must hold data; got shape {np.shape(x)}")
     chunk_size = min(chunk_size, len(rows))
     starts = range(0, len(rows), chunk_size)
     keys = jax.random.split(rng_key, len(starts))

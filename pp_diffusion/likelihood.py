@@ -267,12 +267,12 @@ class _Source:
             index = np.minimum(np.arange(i * per_row_block, (i + 1) * per_row_block), len(rows) - 1)
             key = jax.random.fold_in(jax.random.fold_in(rng_key, i), j)
             context = jax.tree.map(lambda c, index=index: c[index], contexts)
-            block = _weights_of_rows(self.prior, rows[index], context, key, per_draw_block)
+            block = weights_of_rows(self.prior, rows[index], context, key, per_draw_block)
             part = out[:, j * per_draw_block : (j + 1) * per_draw_block, i * per_row_block : (i + 1) * per_row_block]
             part[...] = np.stack(block)[:, : part.shape[1], : part.shape[2]]
-        if not np.all(np.isfinite(out[0]) | np.isneginf(out[0])):
-            bad = np.isnan(out[0]).any(0).sum()
-            raise FloatingPointError(f"prior has log weights that are no numbers for {bad} of {len(rows)} data")
+        possible = np.isfinite(out[0]) | (np.isneginf(out[0]) & self.prior.diffusion.kernel.is_discrete)
+        if bad := np.count_nonzero(~possible.all(0)):
+            raise FloatingPointError(f"prior has log weights that are not finite for {bad} of {len(rows)} data")
         log_weights, bounds = out.reshape(2, num_trajectories, *batch_shape)
         return log_weights, bounds
 
@@ -299,7 +299,7 @@ def estimate_log_prob(
         are drawn.
     :param progress_bar: shows one, over chunks.
     :raises ValueError: for data outside the support, NaN, or of the wrong shape, and numbers that are not positive.
-    :raises FloatingPointError: if the model gives weights that are no numbers.
+    :raises FloatingPointError: if the model gives weights that are not finite.
 
     .. doctest::
 
@@ -318,8 +318,6 @@ def estimate_log_prob(
     if not isinstance(prior, DiffusionPrior):
         raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
     x = np.asarray(prior.diffusion.check_data(x))
-    if not x.size:
-        raise ValueError(f"x must hold data; got shape {x.shape}")
     *_, batch_shape = as_rows(prior, x)
     x = np.broadcast_to(x, batch_shape + prior.event_shape)
     source = _Source(prior, x, positive_int("chunk_size", chunk_size))
@@ -371,9 +369,10 @@ def _even(total: int, most: int) -> tuple[int, int]:
 
 
 @partial(jax.jit, static_argnames="num_trajectories")
-def _weights_of_rows(
+def weights_of_rows(
     prior: DiffusionPrior, x: Array, context: Any, rng_key: Array, num_trajectories: int
 ) -> tuple[Array, Array]:
+    """Log weights and estimates of K of one block of trajectories, shape ``(num_trajectories, N)``."""
     diffusion = prior.diffusion
     process = diffusion.reverse_process(
         prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps

@@ -269,11 +269,12 @@ class Stream(NamedTuple):
     r"""What :func:`stream` adds up along one trajectory per datum, in nats.
 
     :ivar log_weight: log p − log q of the trajectory, shape ``batch``.
-    :ivar bound: an unbiased estimate of K from the same network calls. For continuous kernels the log ratios of the
-        steps, which near the optimum telescope; for discrete ones minus their KL divergences, because a log ratio
-        says nothing of rare flips that the trajectory did not make. The end enters by its expectation.
+    :ivar bound: an unbiased estimate of K from the same network calls. For continuous kernels the log weight, whose
+        terms near the optimum telescope; for discrete ones the steps' KL divergences, because a log ratio says nothing
+        of rare flips that the trajectory did not make.
     :ivar steps: the terms of ``bound``, shape ``(T, *batch)``, where they were asked for: entry 0 is the last step's
-        log density, entry t-1 the term of :math:`x_{t-1}` given :math:`x_t`; :func:`Kernel.prior_kl` is not among them.
+        log density, entry t-1 the term of :math:`x_{t-1}` given :math:`x_t`; :func:`Kernel.prior_kl` is not among
+        them, but entry T-1 has by what the drawn end differs from it, because these two telescope.
     """
 
     log_weight: Array
@@ -288,6 +289,8 @@ def stream(rng_key: Array, process: ReverseProcess, x_0: Array, *, keep_steps: b
     end = rates.at(-1)
     stationary = kernel.stationary().expand(_batch_shape(kernel, x_0))
     x_end, log_w = kernel.draw_and_log_ratio(end_key, kernel.marginal(x_0, end.log_snr), stationary)
+    expected_end = -kernel.prior_kl(x_0, end.log_snr)
+    bound = expected_end if kernel.is_discrete else log_w
 
     def step(carry: tuple[Array, Array, Array], at: tuple[Array, Rates]) -> tuple[tuple[Array, ...], Array | None]:
         (x, log_w, bound), (rng_key, rates) = carry, at
@@ -299,12 +302,12 @@ def stream(rng_key: Array, process: ReverseProcess, x_0: Array, *, keep_steps: b
     later = rates.at(slice(1, None))
     keys = jax.random.split(rng_key, later.num_timesteps)
     step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
-    bound = -kernel.prior_kl(x_0, end.log_snr)
+    deviation = bound - expected_end
     (x_1, log_w, bound), terms = jax.lax.scan(step, (x_end, log_w, bound), (keys, later), reverse=True)
     last = process.last(x_1).log_prob(x_0)
     exact = kernel.is_discrete and process.last_step == "kernel"
     last_term = kernel.expected_last_step(last_key, x_0, rates.at(0)) if exact else last
-    steps = None if terms is None else jnp.concatenate([last_term[None], terms])
+    steps = None if terms is None else jnp.concatenate([last_term[None], terms]).at[-1].add(deviation)
     return Stream(log_w + last, bound + last_term, steps)
 
 

@@ -420,7 +420,7 @@ LARGE = {
     "_bound_of_rows",
     "_sample",
     "_log_mean_weight",
-    "_weights_of_rows",
+    "weights_of_rows",
     "_entropies_of_rows",
     "scan",
     "while",

@@ -13,7 +13,17 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from benchmarks import flow, gradient_variance, naive_numpyro, precision, sampling, setting, timing, training_step
+from benchmarks import (
+    flow,
+    gradient_variance,
+    likelihood,
+    naive_numpyro,
+    precision,
+    sampling,
+    setting,
+    timing,
+    training_step,
+)
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
 from benchmarks.reference import naive_numpyro as naive
@@ -77,6 +87,14 @@ def test_handwritten_samples_have_the_law_of_ours():
     theirs = handwritten.sample(jax.random.key(7), weights, chain, 20_000)
     np.testing.assert_allclose(theirs.mean(0), ours.mean(0), atol=5 * np.sqrt(2 / 20_000) * float(ours.std()))
     np.testing.assert_allclose(np.cov(theirs.T), np.cov(ours.T), atol=0.05 * float(ours.var()))
+
+
+def test_handwritten_log_weights_are_ours():
+    program, params, chain, weights, train = at_random(7)
+    process, z, key = program.reverse_process(params), program.to_model_space(train[:9]), jax.random.key(8)
+    ours = jax.jit(ppd.log_weight)(key, process, jnp.broadcast_to(z, (5, *z.shape)))
+    np.testing.assert_allclose(handwritten.log_weights(key, weights, chain, z, 5), ours, rtol=1e-4, atol=1e-4)
+    assert np.std(ours) > 0.1
 
 
 def test_the_naive_program_scores_a_path_as_ours():
@@ -164,7 +182,9 @@ NOTES = {  # of rows that time nothing
 }
 
 
-@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, gradient_variance, precision, flow])
+@pytest.mark.parametrize(
+    "module", [training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow]
+)
 def test_rows(module, tmp_path):
     if module is flow:
         pytest.importorskip("flowjax")

@@ -305,9 +305,10 @@ def test_silence_by_default(capfd):
 
 
 def test_a_model_that_gives_no_numbers_is_named():
-    prior = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, lambda x_t, t: (x_t * jnp.nan, 0 * x_t)).prior({})
-    with pytest.raises(FloatingPointError, match="prior has log weights that are no numbers for 5 of 5 data"):
-        ppd.estimate_log_prob(KEY, prior, X, 30)
+    for wrong in (jnp.nan, jnp.inf):
+        prior = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, lambda x_t, t, w=wrong: (x_t * w, 0 * x_t)).prior({})
+        with pytest.raises(FloatingPointError, match="prior has log weights that are not finite for 5 of 5 data"):
+            ppd.estimate_log_prob(KEY, prior, X, 30)
     where = ppd.Diffusion(
         ppd.GaussianKernel((2,)),
         SCHEDULE,
@@ -322,12 +323,12 @@ def test_a_model_that_gives_no_numbers_is_named():
 
 def test_one_compilation_serves_all_calls_of_a_shape():
     ppd.estimate_log_prob(KEY, GAUSSIAN, X, 30, chunk_size=20)
-    compiled = likelihood._weights_of_rows._cache_size()
+    compiled = likelihood.weights_of_rows._cache_size()
     estimate = ppd.estimate_log_prob(OTHER, gaussian(), X + 1, 30, chunk_size=20)  # an equal prior, built anew
     estimate.extend(KEY, 30)
-    assert likelihood._weights_of_rows._cache_size() == compiled
+    assert likelihood.weights_of_rows._cache_size() == compiled
     ppd.estimate_log_prob(OTHER, GAUSSIAN, X[:4], 30, chunk_size=20)
-    assert likelihood._weights_of_rows._cache_size() == compiled + 1
+    assert likelihood.weights_of_rows._cache_size() == compiled + 1
 
 
 def test_memory_does_not_grow_with_the_length():
@@ -337,7 +338,7 @@ def test_memory_does_not_grow_with_the_length():
     def temporary(num_timesteps):
         prior = gaussian(schedule=ppd.FixedSchedule.log_linear(num_timesteps))
         rows = jnp.zeros((32, 2))
-        lowered = likelihood._weights_of_rows.lower(prior, rows, None, KEY, 64)
+        lowered = likelihood.weights_of_rows.lower(prior, rows, None, KEY, 64)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(50), temporary(500)

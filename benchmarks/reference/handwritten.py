@@ -170,3 +170,27 @@ def sample(rng_key: Array, weights: Weights, chain: Chain, num: int) -> Array:
     x, _ = jax.lax.scan(step, x, (jax.random.split(rng_key, len(later.log_snr)), later), reverse=True)
     beta = chain.noise[0] ** 2
     return x * jnp.sqrt(1 - beta) + jnp.sqrt(beta) * jax.random.normal(last_key, (num, 2))
+
+
+@partial(jax.jit, static_argnames="num")
+def log_weights(rng_key: Array, weights: Weights, chain: Chain, x: Array, num: int) -> Array:
+    """log p(x_0…x_T) − log q(x_1…x_T | x_0) of ``num`` trajectories for each point, shape (num, N); backwards in time."""
+    x = jnp.broadcast_to(x, (num, *x.shape))
+    end_key, _, rng_key = jax.random.split(rng_key, 3)
+    noise = jax.random.normal(end_key, x.shape)
+    end = chain.signal[-1] * x + chain.noise[-1] * noise
+    start = jnp.sum(jnp.log(chain.noise[-1]) + 0.5 * (noise**2 - end**2), -1)
+
+    def step(carry: tuple[Array, Array], at: tuple[Array, Chain]) -> tuple[tuple[Array, Array], None]:
+        (x_t, log_w), (key, now) = carry, at
+        mean, variance = reverse(weights, x_t, now)
+        noise = jax.random.normal(key, x.shape)
+        previous = x_t + (now.shrinkage * x_t + now.from_x_0 * x) + jnp.sqrt(now.variance) * noise
+        log_ratio = jnp.log(now.variance / variance) + noise**2 - (previous - mean) ** 2 / variance
+        return (previous, log_w + 0.5 * jnp.sum(log_ratio, -1)), None
+
+    later = jax.tree.map(lambda a: a[1:], chain)
+    keys = jax.random.split(rng_key, len(later.log_snr))
+    (x_1, log_w), _ = jax.lax.scan(step, (end, start), (keys, later), reverse=True)
+    residual = (x - chain.signal[0] * x_1) / chain.noise[0]
+    return log_w - jnp.sum(0.5 * residual**2 + jnp.log(chain.noise[0]) + 0.5 * jnp.log(2 * jnp.pi), -1)
