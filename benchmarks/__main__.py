@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, by commas",
+        help="some by commas: training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")

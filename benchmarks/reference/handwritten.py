@@ -174,7 +174,7 @@ def sample(rng_key: Array, weights: Weights, chain: Chain, num: int) -> Array:
 
 @partial(jax.jit, static_argnames="num")
 def log_weights(rng_key: Array, weights: Weights, chain: Chain, x: Array, num: int) -> Array:
-    """log p(x_0…x_T) − log q(x_1…x_T | x_0) of ``num`` trajectories for each point, shape (num, N); backwards in time."""
+    """log p(x_0…x_T) − log q(x_1…x_T | x_0) of ``num`` trajectories drawn backwards for each point, shape (num, N)."""
     x = jnp.broadcast_to(x, (num, *x.shape))
     end_key, _, rng_key = jax.random.split(rng_key, 3)
     noise = jax.random.normal(end_key, x.shape)
