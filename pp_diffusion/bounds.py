@@ -17,7 +17,7 @@ from pp_diffusion._frozen import Frozen
 from pp_diffusion.prior import DiffusionPrior, as_rows
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import positive_int
-from pp_diffusion.trajectories import fixed_terms, step_cost, stream
+from pp_diffusion.trajectories import fixed_terms, step_cost, stream_log_ratios
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits
 
@@ -191,9 +191,9 @@ def _bound_of_rows(
 
 
 def _by_log_ratio(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Array]:
-    out = stream(rng_key, process, z, keep_steps=True)
-    assert out.steps is not None
-    return out.bound, -out.steps
+    log_w, terms = stream_log_ratios(rng_key, process, z, keep_steps=True)
+    assert terms is not None
+    return log_w, -terms
 
 
 def _by_kl(rng_key: Array, process: ReverseProcess, z: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from pp_diffusion import _arviz
 from pp_diffusion._frozen import Frozen
+from pp_diffusion.bounds import lower_bound
 from pp_diffusion.prior import DiffusionPrior, as_rows
 from pp_diffusion.schedules import positive_int
-from pp_diffusion.trajectories import log_weight, stream
+from pp_diffusion.trajectories import log_weight
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits
 
@@ -53,7 +54,8 @@ class LogProbEstimate:
     :ivar pareto_k: Pareto k-hat, the shape of the tail of the weights: their moments of order 1/k and above are
         infinite. Minus infinity where the largest weights are all equal (no tail), infinity where there are too few
         trajectories to tell.
-    :ivar bound: K :math:`\le \log p(x)`, from the same trajectories.
+    :ivar bound: K :math:`\le \log p(x)`. For continuous kernels the mean log weight; for discrete ones, where log
+        ratios miss rare flips, :func:`lower_bound` with a sixteenth as many samples (at least four).
     :ivar bound_std_error: its Monte Carlo standard error.
     :ivar log_weights: the log weights, shape ``(num_trajectories, *batch)``.
     """
@@ -66,7 +68,7 @@ class LogProbEstimate:
     bound: np.ndarray
     bound_std_error: np.ndarray
     log_weights: np.ndarray = field(repr=False)
-    _bounds: np.ndarray = field(repr=False)
+    _bound: _Bound = field(repr=False)
     _source: _Source = field(repr=False)
 
     @property
@@ -127,10 +129,9 @@ class LogProbEstimate:
         :param rng_key: a JAX random key, another one than before.
         :param num_trajectories: how many to add per datum.
         """
-        log_weights, bounds = self._source.draw(rng_key, num_trajectories, progress_bar)
-        return _summarise(
-            np.concatenate([self.log_weights, log_weights]), np.concatenate([self._bounds, bounds]), self._source
-        )
+        log_weights, bound = self._source.draw(rng_key, num_trajectories, progress_bar)
+        both = None if bound is None else self._bound.with_more(bound)
+        return _summarise(np.concatenate([self.log_weights, log_weights]), both, self._source)
 
     def print_summary(self, max_rows: int = 10) -> None:
         """Prints a table per datum (the ``max_rows`` with the largest k-hat) and in total, in nats and bits, and says
@@ -246,6 +247,20 @@ class LogProbEstimate:
         return draws.reshape(self.log_weights.shape)
 
 
+class _Bound(NamedTuple):
+    """K per datum, its standard error, and of how many samples it is the mean."""
+
+    value: np.ndarray
+    std_error: np.ndarray
+    num_samples: int
+
+    def with_more(self, other: _Bound) -> _Bound:
+        total = self.num_samples + other.num_samples
+        mine, its = self.num_samples / total, other.num_samples / total
+        error = np.hypot(mine * self.std_error, its * other.std_error)
+        return _Bound(mine * self.value + its * other.value, error, total)
+
+
 @dataclass(frozen=True)
 class _Source:
     """What further trajectories are drawn from."""
@@ -254,27 +269,34 @@ class _Source:
     x: np.ndarray
     chunk_size: int
 
-    def draw(self, rng_key: Array, num_trajectories: int, progress_bar: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Log weights and estimates of K, of shape ``(num_trajectories, *batch)``."""
+    def draw(self, rng_key: Array, num_trajectories: int, progress_bar: bool) -> tuple[np.ndarray, _Bound | None]:
+        """Log weights of shape ``(num_trajectories, *batch)``; and K, where they do not tell it."""
         num_trajectories = positive_int("num_trajectories", num_trajectories)
+        is_discrete = self.prior.diffusion.kernel.is_discrete
+        bound_key, rng_key = jax.random.split(rng_key)
         rows, contexts, batch_shape = as_rows(self.prior, jnp.asarray(self.x))
         # blocks of one shape, as even as can be, so that one compilation serves all and little is drawn in vain
         num_rows, per_row_block = _even(len(rows), self.chunk_size)
         num_draws, per_draw_block = _even(num_trajectories, max(1, self.chunk_size // per_row_block))
         blocks = [(i, j) for i in range(num_rows) for j in range(num_draws)]
-        out = np.empty((2, num_trajectories, len(rows)))
+        out = np.empty((num_trajectories, len(rows)))
         for i, j in tqdm(blocks, desc="log p", disable=not progress_bar):
             index = np.minimum(np.arange(i * per_row_block, (i + 1) * per_row_block), len(rows) - 1)
             key = jax.random.fold_in(jax.random.fold_in(rng_key, i), j)
             context = jax.tree.map(lambda c, index=index: c[index], contexts)
+            part = out[j * per_draw_block : (j + 1) * per_draw_block, i * per_row_block : (i + 1) * per_row_block]
             block = weights_of_rows(self.prior, rows[index], context, key, per_draw_block)
-            part = out[:, j * per_draw_block : (j + 1) * per_draw_block, i * per_row_block : (i + 1) * per_row_block]
-            part[...] = np.stack(block)[:, : part.shape[1], : part.shape[2]]
-        possible = np.isfinite(out[0]) | (np.isneginf(out[0]) & self.prior.diffusion.kernel.is_discrete)
+            part[...] = np.asarray(block)[: part.shape[0], : part.shape[1]]
+        possible = np.isfinite(out) | (np.isneginf(out) & is_discrete)
         if bad := np.count_nonzero(~possible.all(0)):
             raise FloatingPointError(f"prior has log weights that are not finite for {bad} of {len(rows)} data")
-        log_weights, bounds = out.reshape(2, num_trajectories, *batch_shape)
-        return log_weights, bounds
+        bound = self._bound(bound_key, num_trajectories) if is_discrete else None
+        return out.reshape(num_trajectories, *batch_shape), bound
+
+    def _bound(self, rng_key: Array, num_trajectories: int) -> _Bound:
+        num_samples = max(4, num_trajectories // 16)
+        bound = lower_bound(rng_key, self.prior, self.x, num_samples=num_samples, chunk_size=self.chunk_size)
+        return _Bound(np.asarray(bound.value, np.float64), np.asarray(bound.std_error, np.float64), num_samples)
 
 
 def estimate_log_prob(
@@ -324,7 +346,7 @@ def estimate_log_prob(
     return _summarise(*source.draw(rng_key, num_trajectories, progress_bar), source)
 
 
-def _summarise(log_weights: np.ndarray, bounds: np.ndarray, source: _Source) -> LogProbEstimate:
+def _summarise(log_weights: np.ndarray, bound: _Bound | None, source: _Source) -> LogProbEstimate:
     count, batch_shape = len(log_weights), log_weights.shape[1:]
     flat = log_weights.reshape(count, -1)
     smoothed, pareto_k = _arviz.pareto_smooth(flat)
@@ -334,17 +356,18 @@ def _summarise(log_weights: np.ndarray, bounds: np.ndarray, source: _Source) -> 
         squares = (relative - 1) ** 2
         error = np.sqrt(squares.sum(0) / (count - 1) / count + squares.max(0) / count**2)
         ess = count / (relative**2).mean(0)
-        bound_error = bounds.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(batch_shape, np.nan)
+        if bound is None:
+            bound = _Bound(log_weights.mean(0), np.sqrt(log_weights.var(0) / (np.asarray(count) - 1)), count)
     return LogProbEstimate(
         value=value.reshape(batch_shape),
         psis_value=_log_mean_exp(smoothed).reshape(batch_shape),
         std_error=np.where(pareto_k < MAX_PARETO_K, error, np.nan).reshape(batch_shape),
         ess=ess.reshape(batch_shape),
         pareto_k=pareto_k.reshape(batch_shape),
-        bound=bounds.mean(0),
-        bound_std_error=bound_error,
+        bound=bound.value,
+        bound_std_error=bound.std_error,
         log_weights=log_weights,
-        _bounds=bounds,
+        _bound=bound,
         _source=source,
     )
 
@@ -369,18 +392,15 @@ def _even(total: int, most: int) -> tuple[int, int]:
 
 
 @partial(jax.jit, static_argnames="num_trajectories")
-def weights_of_rows(
-    prior: DiffusionPrior, x: Array, context: Any, rng_key: Array, num_trajectories: int
-) -> tuple[Array, Array]:
-    """Log weights and estimates of K of one block of trajectories, shape ``(num_trajectories, N)``."""
+def weights_of_rows(prior: DiffusionPrior, x: Array, context: Any, rng_key: Array, num_trajectories: int) -> Array:
+    """Log weights of one block of trajectories, shape ``(num_trajectories, N)``."""
     diffusion = prior.diffusion
     process = diffusion.reverse_process(
         prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps
     )
     z = diffusion.to_model_space(x)
     jacobian = log_abs_det(diffusion.transform, z, x, diffusion.kernel.event_ndim)
-    out = stream(rng_key, process, jnp.broadcast_to(z, (num_trajectories, *z.shape)))
-    return out.log_weight - jacobian, out.bound - jacobian
+    return log_weight(rng_key, process, jnp.broadcast_to(z, (num_trajectories, *z.shape))) - jacobian
 
 
 class Importance(Frozen):

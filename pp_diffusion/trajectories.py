@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -262,53 +262,36 @@ def log_weight(rng_key: Array, process: ReverseProcess, x_0: Array) -> Array:
     :param x_0: states of shape ``(*batch, *event_shape)``, in the model's space.
     :return: shape ``batch``.
     """
-    return stream(rng_key, process, x_0).log_weight
+    return stream_log_ratios(rng_key, process, x_0)[0]
 
 
-class Stream(NamedTuple):
-    r"""What :func:`stream` adds up along one trajectory per datum, in nats.
-
-    :ivar log_weight: log p − log q of the trajectory, shape ``batch``.
-    :ivar bound: an unbiased estimate of K from the same network calls. For continuous kernels the log weight, whose
-        terms near the optimum telescope; for discrete ones the steps' KL divergences, because a log ratio says nothing
-        of rare flips that the trajectory did not make.
-    :ivar steps: the terms of ``bound``, shape ``(T, *batch)``, where they were asked for: entry 0 is the last step's
-        log density, entry t-1 the term of :math:`x_{t-1}` given :math:`x_t`; :func:`Kernel.prior_kl` is not among
-        them, but entry T-1 has by what the drawn end differs from it, because these two telescope.
-    """
-
-    log_weight: Array
-    bound: Array
-    steps: Array | None
-
-
-def stream(rng_key: Array, process: ReverseProcess, x_0: Array, *, keep_steps: bool = False) -> Stream:
-    """:func:`log_weight`, with what else the same trajectories tell."""
+def stream_log_ratios(
+    rng_key: Array, process: ReverseProcess, x_0: Array, *, keep_steps: bool = False
+) -> tuple[Array, Array | None]:
+    """:func:`log_weight` and, with ``keep_steps``, its terms of shape ``(T, *batch)``: entry 0 the last step's log
+    density, entry t-1 the log ratio of :math:`x_{t-1}` given :math:`x_t`. The end, :math:`x_T`, is there by its
+    expectation, minus :func:`Kernel.prior_kl`, which is not among the terms; by what its draw differs from that is in
+    entry T-1, with which it telescopes."""
     kernel, rates = process.kernel, process.rates
-    end_key, last_key, rng_key = jax.random.split(rng_key, 3)
+    end_key, rng_key = jax.random.split(rng_key)
     end = rates.at(-1)
     stationary = kernel.stationary().expand(_batch_shape(kernel, x_0))
-    x_end, log_w = kernel.draw_and_log_ratio(end_key, kernel.marginal(x_0, end.log_snr), stationary)
-    expected_end = -kernel.prior_kl(x_0, end.log_snr)
-    bound = expected_end if kernel.is_discrete else log_w
+    x_end, start = kernel.draw_and_log_ratio(end_key, kernel.marginal(x_0, end.log_snr), stationary)
 
-    def step(carry: tuple[Array, Array, Array], at: tuple[Array, Rates]) -> tuple[tuple[Array, ...], Array | None]:
-        (x, log_w, bound), (rng_key, rates) = carry, at
-        q, p = kernel.posterior(x, x_0, rates), process(x, rates)
-        x_previous, log_ratio = kernel.draw_and_log_ratio(rng_key, q, p)
-        term = -kernel.kl(q, p) if kernel.is_discrete else log_ratio
-        return (x_previous, log_w + log_ratio, bound + term), term if keep_steps else None
+    def step(carry: tuple[Array, Array], at: tuple[Array, Rates]) -> tuple[tuple[Array, Array], Array | None]:
+        (x, log_w), (rng_key, rates) = carry, at
+        x_previous, log_ratio = kernel.draw_and_log_ratio(rng_key, kernel.posterior(x, x_0, rates), process(x, rates))
+        return (x_previous, log_w + log_ratio), log_ratio if keep_steps else None
 
     later = rates.at(slice(1, None))
     keys = jax.random.split(rng_key, later.num_timesteps)
     step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
-    deviation = bound - expected_end
-    (x_1, log_w, bound), terms = jax.lax.scan(step, (x_end, log_w, bound), (keys, later), reverse=True)
+    (x_1, log_w), log_ratios = jax.lax.scan(step, (x_end, start), (keys, later), reverse=True)
     last = process.last(x_1).log_prob(x_0)
-    exact = kernel.is_discrete and process.last_step == "kernel"
-    last_term = kernel.expected_last_step(last_key, x_0, rates.at(0)) if exact else last
-    steps = None if terms is None else jnp.concatenate([last_term[None], terms]).at[-1].add(deviation)
-    return Stream(log_w + last, bound + last_term, steps)
+    if log_ratios is None:
+        return log_w + last, None
+    terms = jnp.concatenate([last[None], log_ratios])
+    return log_w + last, terms.at[-1].add(start + kernel.prior_kl(x_0, end.log_snr))
 
 
 def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array) -> Array:

@@ -32,11 +32,11 @@ BINOMIAL = ppd.Diffusion(
 ).prior({})
 
 
-def made_of(*columns, bounds=None):
+def made_of(*columns):
     """An estimate of given log weights, a column per datum."""
     log_weights = np.stack(columns, -1).astype(float)
     source = likelihood._Source(GAUSSIAN, np.zeros((len(columns), 2)), 16)
-    return likelihood._summarise(log_weights, log_weights if bounds is None else bounds, source)
+    return likelihood._summarise(log_weights, None, source)
 
 
 # log weights: quantiles of a normal and of two Pareto distributions, and what has no tail to be fitted
@@ -78,9 +78,12 @@ def test_its_parts_are_those_of_the_weights(prior, x):
     # with a light tail there is little to smooth
     assert (np.abs(estimate.psis_value - estimate.value) < estimate.std_error).all()
     assert not np.array_equal(estimate.psis_value, estimate.value)
-    if prior is GAUSSIAN:  # K is the mean of the log weights, and estimated with its end by expectation
-        error = np.hypot(estimate.bound_std_error, estimate.log_weights.std(0) / 20)
-        assert (np.abs(estimate.bound - estimate.log_weights.mean(0)) < Z * error).all()
+    mean, error = estimate.log_weights.mean(0), estimate.log_weights.std(0, ddof=1) / 20
+    if prior is GAUSSIAN:
+        np.testing.assert_allclose([estimate.bound, estimate.bound_std_error], [mean, error])
+    else:  # K is estimated by divergences, at times of its own
+        assert (np.abs(estimate.bound - mean) < Z * np.hypot(estimate.bound_std_error, error)).all()
+        assert not np.allclose(estimate.bound, mean)
 
 
 # --- keys and chunks -------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def whole():
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 def test_chunks_that_do_not_divide(chunk_size, whole):
     """Exact shapes and the same law, at |z| < 4.5 for log p and K of each datum."""
-    num = 30 if chunk_size == 1 else 250
+    num = 100 if chunk_size == 1 else 250
     parts = ppd.estimate_log_prob(KEY, GAUSSIAN, X, num, chunk_size=chunk_size)
     assert parts.log_weights.shape == (num, 5) and parts.value.shape == (5,)
     assert len(np.unique(parts.log_weights)) == parts.log_weights.size  # every trajectory its own
@@ -122,6 +125,14 @@ def test_extend_adds_trajectories():
     np.testing.assert_allclose(both.value, np.logaddexp(one.value + np.log(30), other.value + np.log(50)) - np.log(80))
     np.testing.assert_allclose(both.bound, (30 * one.bound + 50 * other.bound) / 80)
     assert both.extend(jax.random.key(2), 1).num_trajectories == 81
+
+
+def test_extend_weights_a_separate_bound_by_its_samples():
+    """100 and 200 trajectories bring 6 and 12 samples of K."""
+    one, other = (ppd.estimate_log_prob(key, BINOMIAL, np.eye(2), num) for key, num in ((KEY, 100), (OTHER, 200)))
+    both = one.extend(OTHER, 200)
+    np.testing.assert_allclose(both.bound, (one.bound + 2 * other.bound) / 3)
+    np.testing.assert_allclose(both.bound_std_error, np.hypot(one.bound_std_error, 2 * other.bound_std_error) / 3)
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="num_trajectories must be an integer >= 1"):
             one.extend(OTHER, wrong)
