@@ -13,7 +13,17 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from benchmarks import flow, gradient_variance, naive_numpyro, precision, sampling, setting, timing, training_step
+from benchmarks import (
+    digits,
+    flow,
+    gradient_variance,
+    naive_numpyro,
+    precision,
+    sampling,
+    setting,
+    timing,
+    training_step,
+)
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
 from benchmarks.reference import naive_numpyro as naive
@@ -161,12 +171,13 @@ NOTES = {  # of rows that time nothing
     gradient_variance: f"importance: {FIGURE}, uniform: {FIGURE}, one for the batch: {FIGURE}",
     precision: ".* bits",
     flow: ".* bits",
+    digits: r".* bits/dim, .*( s|% bound only)",
 }
 
 
-@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, gradient_variance, precision, flow])
+@pytest.mark.parametrize("module", [training_step, sampling, naive_numpyro, gradient_variance, precision, flow, digits])
 def test_rows(module, tmp_path):
-    if module is flow:
+    if module in (flow, digits):
         pytest.importorskip("flowjax")
     table = module.rows(True, figures=tmp_path) if module is flow else module.rows(True)
     assert table
@@ -183,6 +194,16 @@ def test_rows(module, tmp_path):
     assert len(text.splitlines()) == len(table) + 1 and len(markdown.splitlines()) == len(table) + 2
     if module is flow:
         assert [p.name for p in tmp_path.iterdir()] == ["gap_against_seconds.png"]
+
+
+def test_the_others_densities_of_digits():
+    """They integrate to one over a pixel that alone varies; what is chosen is the shortest code on held-out images."""
+    pytest.importorskip("flowjax")
+    levels = ppd.datasets.digits(jax.random.key(0)).train
+    for theirs in (digits.train_flow(levels, 2, small=True), digits.train_mixture(levels, ("full", 2, 0.1))):
+        assert theirs.log_prob(levels[:3] + 0.5).shape == (3,)
+    chosen = digits.best(levels, [("diag", 1, 0.1), ("full", 2, 0.1)], digits.train_mixture)
+    assert chosen.what.startswith("2 components, full")
 
 
 @pytest.mark.parametrize("form", [[], ["--markdown"]])
