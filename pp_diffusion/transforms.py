@@ -97,7 +97,8 @@ class UniformBlocks(Transform):
 
     def __call__(self, x: Array) -> Array:
         """The datum of a point of the model's space."""
-        return self.low + jnp.sum(jnp.asarray(self.widths) * ndtr(self._standardized(x)), -1)
+        y = self.low + jnp.sum(jnp.asarray(self.widths) * ndtr(self._standardized(x)), -1)
+        return jnp.clip(y, self.low, self.low + sum(self.widths))  # sums round
 
     def _inverse(self, y: Array) -> Array:
         return _inverse_of_blocks(self, jnp.asarray(y, dtype=jnp.result_type(float, y)))

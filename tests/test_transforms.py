@@ -134,6 +134,8 @@ def test_blocks_are_values_and_data_on_their_edges_are_data():
     same.inv(jnp.ones(3))
     assert same == DIGITS and hash(same) == hash(DIGITS) and DIGITS != APART
     assert jax.jit(lambda transform: transform)(DIGITS) == DIGITS and not jax.tree.leaves(DIGITS)
+    thirds = ppd.UniformBlocks((0.1, 0.7, 0.1), (-2, 0, 2), (0.3, 0.4, 0.5), low=0.1)  # sums that round
+    assert thirds.codomain(thirds(jnp.array([-90.0, 90.0]))).all()
     diffusion = make(DIGITS)
     diffusion.check_data(jnp.array([[0.0, 17.0], [1.0, 16.0]]))
     with pytest.raises(ValueError, match="codomain"):
