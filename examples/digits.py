@@ -11,24 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 import pp_diffusion as ppd
 from examples.report import arguments, mean_and_error, print_table, save_figure, with_error
 from models import digits as script
 
 
-def run(*, num_steps: int = 5_000, num_test: int = 360, figures: Path, progress: bool = True) -> dict[str, Any]:
+def train(data: Any, num_steps: int = 2_500, *, progress: bool = True) -> tuple[Any, float]:
+    """The fit, and its seconds without compiling.
+
+    Clipped Adam as in ``fit``, with decay of the weights: 1 437 images are soon known by heart.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, num_steps // 20, num_steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.3))
+    batches = partial(script.batch, levels=data.train)
+    fit = partial(ppd.fit, jax.random.key(3), script.diffusion(), batches, optimizer=optimizer)
+    fit(num_steps=1, progress_bar=False)  # compiles
+    started = time.perf_counter()
+    result = fit(num_steps=num_steps, progress_bar=progress)
+    return result, time.perf_counter() - started
+
+
+def run(*, num_steps: int = 2_500, num_test: int = 360, figures: Path, progress: bool = True) -> dict[str, Any]:
     """Trains, prints the table, writes the figure.
 
     :return: the bound on the code length in bits/dim, its error over the test images, and the fit.
     """
     data = ppd.datasets.digits(jax.random.key(0), num_test=num_test)
     test = ppd.datasets.dequantize(jax.random.key(1), data.test)
-    diffusion = script.diffusion(ppd.standardize(ppd.datasets.dequantize(jax.random.key(2), data.train)))
-    batches = partial(script.batch, levels=data.train)
-    started = time.perf_counter()
-    fit = ppd.fit(jax.random.key(3), diffusion, batches, num_steps=num_steps, progress_bar=progress)
-    seconds = time.perf_counter() - started
+    fit, seconds = train(data, num_steps, progress=progress)
     bound = ppd.lower_bound(jax.random.key(4), fit.prior, test, progress_bar=progress)
     code_length = partial(ppd.units.bits_per_dim, num_dims=64)
     value, error = mean_and_error(code_length(bound.value))

@@ -34,6 +34,7 @@ from pp_diffusion.trajectories import ForwardTrajectory as ForwardTrajectory
 from pp_diffusion.trajectories import PosteriorTrajectory as PosteriorTrajectory
 from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory
 from pp_diffusion.trajectories import log_weight as log_weight
+from pp_diffusion.transforms import UniformBlocks as UniformBlocks
 from pp_diffusion.transforms import standardize as standardize
 
 __version__ = "0.1.0"

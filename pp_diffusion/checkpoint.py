@@ -30,13 +30,15 @@ from pp_diffusion.kernels import BinomialKernel, GaussianKernel, Kernel
 from pp_diffusion.likelihood import Importance
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.schedules import FixedSchedule, LearnedSchedule, Schedule
+from pp_diffusion.transforms import UniformBlocks
 
 FORMAT = "pp_diffusion prior"
 FORMAT_VERSION = 1
 STOCK: dict[str, type[Frozen]] = {
     c.__name__: c for c in (GaussianKernel, BinomialKernel, FixedSchedule, LearnedSchedule, Bound, Importance)
 }
-STOCK_NETWORKS = {"MLP": networks.MLP, "RBF": networks.RBF}
+STOCK_NETWORKS = {"MLP": networks.MLP, "RBF": networks.RBF, "Entrywise": networks.Entrywise}
+STOCK_TRANSFORMS = {"UniformBlocks": UniformBlocks}
 
 
 def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
@@ -164,8 +166,10 @@ def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) ->
     if isinstance(transform, numpyro_transforms.ComposeTransform):
         parts = [_pack_transform(part, f"{name}.{i}", arrays) for i, part in enumerate(transform.parts)]
         return {"type": cls.__name__, "parts": parts}
+    if STOCK_TRANSFORMS.get(cls.__name__) is cls:
+        return {"type": cls.__name__, "static": transform.settings}
     if getattr(numpyro_transforms, cls.__name__, None) is not cls:
-        raise TypeError(f"transform must be one of NumPyro's to be saved; got {cls.__qualname__}")
+        raise TypeError(f"transform must be a stock one or one of NumPyro's to be saved; got {cls.__qualname__}")
     numbers = {
         k: v
         for k, v in vars(transform).items()
@@ -187,6 +191,8 @@ def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
         return None
     if packed["type"] == "ComposeTransform":
         return numpyro_transforms.ComposeTransform([_unpack_transform(part, arrays) for part in packed["parts"]])
+    if packed["type"] in STOCK_TRANSFORMS:
+        return STOCK_TRANSFORMS[packed["type"]](**packed["static"])
     cls = getattr(numpyro_transforms, packed["type"])
     if not (isinstance(cls, type) and issubclass(cls, numpyro_transforms.Transform)):
         raise TypeError(f"{packed['type']} is no transform")

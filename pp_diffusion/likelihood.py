@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_PARETO_K = 0.7  # from here on, no error can be stated (Vehtari et al. 2024)
 BELIEVABLE_PARETO_K = 0.5  # from here on, the weights have no variance
 BELIEVABLE_STD_ERROR = 0.2  # nats
+BELIEVABLE_ESS = 0.95  # of the trajectories: from here on, whatever tail there is carries next to nothing
 BELIEVABLE, DOUBTFUL, BOUND_ONLY = "believable", "doubtful", "bound only"
 
 
@@ -91,12 +92,13 @@ class LogProbEstimate:
     def verdict(self) -> np.ndarray:
         """``"believable"``, ``"doubtful"`` or ``"bound only"`` per datum.
 
-        Bound only: k-hat is 0.7 or more, or there are less than 25 trajectories. Doubtful: k-hat is 0.5 or more, or
-        above :attr:`good_k`, or ``std_error`` is above 0.2 nats. What no weight has shown, such as a mode that none of
-        the trajectories met, no rule can see.
+        Bound only: k-hat is 0.7 or more, or there are less than 25 trajectories. Doubtful: ``std_error`` is above 0.2
+        nats, or k-hat is 0.5 or more or above :attr:`good_k` while ``ess`` is less than 95 % of the trajectories. What
+        no weight has shown, such as a mode that none of the trajectories met, no rule can see.
         """
-        most = min(self.good_k, BELIEVABLE_PARETO_K)
-        believable = (self.pareto_k < most) & (self.std_error <= BELIEVABLE_STD_ERROR)
+        tame = self.pareto_k < min(self.good_k, BELIEVABLE_PARETO_K)
+        even = self.ess >= BELIEVABLE_ESS * self.num_trajectories
+        believable = (tame | even) & (self.std_error <= BELIEVABLE_STD_ERROR)
         return np.where(self.pareto_k < MAX_PARETO_K, np.where(believable, BELIEVABLE, DOUBTFUL), BOUND_ONLY)
 
     @property

@@ -32,6 +32,9 @@ def skewed():
 PRIORS = {
     "gaussian": lambda: trained(gaussian(transform=ppd.standardize(np.array([[0.0, 5.0], [2.0, 9.0]])))),
     "skewed": lambda: trained(gaussian(transform=skewed(), last_step="network", name="other")),
+    "blocks, entrywise": lambda: trained(
+        gaussian(ppd.networks.Entrywise((4,)), ppd.UniformBlocks((1, 2), (-1, 1), (0.3, 0.4), low=0.1))
+    ),
     "rbf per step": lambda: trained(gaussian(ppd.networks.RBF(3), parameterization="paper")),
     "binomial": lambda: trained(
         ppd.Diffusion(

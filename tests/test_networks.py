@@ -19,6 +19,7 @@ STOCK = {
     "mlp_bumps": ppd.networks.MLP((5,), readout="bumps"),
     "mlp_frequencies": ppd.networks.MLP((5, 4), num_frequencies=2, activation="tanh"),
     "rbf_per_step": ppd.networks.RBF(3),
+    "entrywise": ppd.networks.Entrywise((5,), num_features=2, entry_units=(4, 3)),
     "rbf_bumps": ppd.networks.RBF(3, readout="bumps"),
 }
 LABELS = jax.nn.one_hot(jnp.array([0, 2, 1]), 3)
@@ -62,9 +63,9 @@ def test_stock_networks_learn_their_outputs_and_start_at_zero(name):
         np.testing.assert_array_equal(out, 0)
 
 
-@pytest.mark.parametrize("readout", ["shared", "per_step", "bumps"])
-def test_every_readout_depends_on_time_and_rows_do_not_mix(readout):
-    diffusion = make(ppd.networks.MLP((5,), readout=readout))
+@pytest.mark.parametrize("name", ["mlp_shared", "mlp_per_step", "mlp_bumps", "entrywise"])
+def test_every_network_depends_on_time_and_rows_do_not_mix(name):
+    diffusion = make(STOCK[name])
     params = jax.jit(diffusion.init_params)(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -79,14 +80,37 @@ def test_every_readout_depends_on_time_and_rows_do_not_mix(readout):
     assert np.abs(changed[0] - out[0]).max() > 1e-4
 
 
-def test_context_reaches_a_stock_network():
-    diffusion = make(ppd.networks.MLP((5,)))
+@pytest.mark.parametrize("name", ["mlp_shared", "entrywise"])
+def test_context_reaches_a_stock_network(name):
+    diffusion = make(STOCK[name])
     params = jax.jit(lambda k: diffusion.init_params(k, LABELS, 1))(jax.random.key(0))
     params = jax.tree.map(lambda a: a + 0.1 * jnp.arange(1.0, a.size + 1).reshape(a.shape), params)
     run = jax.jit(lambda c: call(diffusion, params, jnp.ones((3, 2)), jnp.full(3, 2), c)[0])
     out = run(LABELS)
     np.testing.assert_allclose(run(LABELS[::-1]), out[::-1], rtol=1e-5)
     assert np.abs(out[0] - out[1]).max() > 0
+
+
+def test_an_entry_reads_itself_and_is_told_of_the_others():
+    """With nothing told, an output depends on its own entry alone, by the same function for all; told, on all."""
+    diffusion = make(ppd.networks.Entrywise((5,)), (2, 2))
+    params = jax.jit(diffusion.init_params)(jax.random.key(0))
+    (layers,) = params.values()
+    (dense,) = (layers["readout"][name] for name in layers["readout"])
+    dense["kernel"] = jax.random.normal(jax.random.key(1), dense["kernel"].shape)
+    deaf = jax.tree.map(lambda a: a, layers)
+    deaf["Dense_1"], deaf["entries"] = jax.tree.map(jnp.zeros_like, (layers["Dense_1"], layers["entries"]))
+    x, t = jax.random.normal(jax.random.key(2), (2, 2)), jnp.array(2)
+
+    @jax.jit
+    def derivative(layers, x):
+        return jax.jacobian(lambda x: call(diffusion, {diffusion.network_site: layers}, x, t)[0])(x).reshape(4, 4)
+
+    own = np.eye(4, dtype=bool)
+    assert (derivative(deaf, x)[~own] == 0).all() and (derivative(deaf, x)[own] != 0).all()
+    same = derivative(deaf, jnp.full((2, 2), 0.3))[own]
+    np.testing.assert_allclose(same, same[0], rtol=1e-5)
+    assert (derivative(layers, x)[~own] != 0).all()
 
 
 def test_stock_networks_refuse_integer_labels_and_unknown_readouts():

@@ -4,7 +4,8 @@ Each is called as ``network(x_t, t, log_snr=..., context=...)`` and returns one 
 ``num_timesteps`` and ``outputs`` are filled in by :class:`~pp_diffusion.Diffusion`.
 """
 
+from pp_diffusion.networks.entrywise import Entrywise as Entrywise
 from pp_diffusion.networks.mlp import MLP as MLP
 from pp_diffusion.networks.rbf import RBF as RBF
 
-__all__ = ["MLP", "RBF"]
+__all__ = ["MLP", "RBF", "Entrywise"]
