@@ -17,12 +17,15 @@ import pp_diffusion as ppd
 from examples.report import arguments, mean_and_error, print_table, save_figure, with_error
 from models import digits as script
 
+NUM_STEPS = 2_500
 
-def train(data: Any, num_steps: int = 2_500, *, progress: bool = True) -> tuple[Any, float]:
+
+def train(data: Any, num_steps: int | None = None, *, progress: bool = True) -> tuple[Any, float]:
     """The fit, and its seconds without compiling.
 
     Clipped Adam as in ``fit``, with decay of the weights: 1 437 images are soon known by heart.
     """
+    num_steps = num_steps or NUM_STEPS
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, num_steps // 20, num_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.3))
     batches = partial(script.batch, levels=data.train)
@@ -33,7 +36,7 @@ def train(data: Any, num_steps: int = 2_500, *, progress: bool = True) -> tuple[
     return result, time.perf_counter() - started
 
 
-def run(*, num_steps: int = 2_500, num_test: int = 360, figures: Path, progress: bool = True) -> dict[str, Any]:
+def run(*, num_steps: int = NUM_STEPS, num_test: int = 360, figures: Path, progress: bool = True) -> dict[str, Any]:
     """Trains, prints the table, writes the figure.
 
     :return: the bound on the code length in bits/dim, its error over the test images, and the fit.

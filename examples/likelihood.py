@@ -123,9 +123,10 @@ def _cells(row: Row, estimate: ppd.LogProbEstimate, test: Any, exact: Any) -> tu
         truth = ["", ""]
     elif row.fit is fit_heartbeat:  # the sequences are all there are: no error but the draws'
         errors = (estimate.bound_std_error, estimate.std_error)
+        totals = [bits(float(np.sqrt((error**2).sum())) / len(error)) for error in errors]
         values = [
-            f"{bits(float(value.mean())):.4f} ± {bits(float(np.sqrt((error**2).sum())) / len(error)):.4f}"
-            for value, error in zip((estimate.bound, estimate.value), errors, strict=True)
+            f"{bits(float(value.mean())):.4f} ± {'unknown' if np.isnan(error) else f'{error:.4f}'}"
+            for value, error in zip((estimate.bound, estimate.value), totals, strict=True)
         ]
         difference = bits(float(np.mean(exact - estimate.value)))
         truth = [f"{bits(float(np.mean(exact))):.4f}", f"{difference:.4f}"]
@@ -156,5 +157,6 @@ if __name__ == "__main__":
     args = arguments(__doc__, rows=list(ROWS))
     size: dict[str, Any] = {}
     if args.small:
-        size = {"num_steps": 50, "most_data": 20, "num_trajectories": 30}
+        args.rows = ["roll-40", "heartbeat"]
+        size = {"num_steps": 50, "most_data": 5, "num_trajectories": 30}
     run(args.rows, **size, figures=args.figures, progress=args.progress)

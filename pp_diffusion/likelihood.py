@@ -145,13 +145,14 @@ class LogProbEstimate:
         names = ("datum", "log p", "error", "in bits", "ESS", "k-hat", "K", "log p - K")
         print("".join(f"{name:>11}" for name in names) + "  verdict")
         for row in shown:
-            print(f"{row:>11}" + "".join(f"{number:>11.4g}" for number in table[row]) + f"  {verdict[row]}")
+            cells = "".join(f"{_plain(number, '.4g'):>11}" for number in table[row])
+            print(f"{row:>11}{cells}  {verdict[row]}")
         if len(shown) < len(rows):
             print(f"{'':>7}(the {len(shown)} of {len(rows)} data with the largest k-hat)")
         for label, values in (("log p", self.value), ("K", self.bound), ("log p - K", self.gap)):
             mean, error = float(values.mean()), _error_over_data(values)
-            bits = f"{nats_to_bits(mean):.4f} ± {nats_to_bits(error):.4f} bits"
-            print(f"mean {label}: {mean:.4f} ± {error:.4f} nats, {bits}")
+            bits = f"{nats_to_bits(mean):.4f} ± {_plain(nats_to_bits(error), '.4f')} bits"
+            print(f"mean {label}: {mean:.4f} ± {_plain(error, '.4f')} nats, {bits}")
         print(self._in_words())
 
     def _in_words(self) -> str:
@@ -380,6 +381,10 @@ def _log_mean_exp(log_weights: np.ndarray) -> np.ndarray:
 
 def _good_k(num_draws: int) -> float:
     return min(1 - 1 / math.log10(num_draws), MAX_PARETO_K) if num_draws > 1 else -math.inf
+
+
+def _plain(number: float, digits: str) -> str:
+    return "unknown" if math.isnan(number) else format(number, digits)
 
 
 def _error_over_data(values: np.ndarray) -> float:

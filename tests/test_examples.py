@@ -24,6 +24,11 @@ FIGURES = {
     "heartbeat": ["heartbeat_paper_samples.png", "heartbeat_network_samples.png"],
     "schedules": ["schedules.png"],
     "digits": ["digits_samples.png"],
+    "likelihood": [
+        f"likelihood_{row}_{figure}.png"
+        for row in ("roll-40", "heartbeat")
+        for figure in ("khat", "convergence", "entropies")
+    ],
     "quasi_static": ["quasi_static.png"],
 }
 
@@ -33,6 +38,7 @@ ROWS = {
     "heartbeat": ["-2.414", "the paper's network", "-2.3241"],
     "schedules": ["learned", "learned, T=1000", "mse", "best (exact, on a grid)", "tuning the end"],
     "digits": ["L_null"],
+    "likelihood": ["swiss roll, T=40", "heartbeat, T=2000", "trajectories per datum", "-2.3312"],
     "quasi_static": ["T = 5", "T = 50", "falls as T to the power -"],
 }
 

@@ -271,7 +271,7 @@ def test_print_summary_of_few_data(capsys):
         np.testing.assert_allclose([bits, bits_error], np.array([nats, error]) / np.log(2), atol=2e-4)
     assert words.startswith("400 trajectories per datum; 5 believable, 0 doubtful, 0 bound only. In total believable:")
     # one datum has no spread over data
-    assert "nan nats" in printed(capsys, made_of(TAME))[2]
+    assert "unknown nats" in printed(capsys, made_of(TAME))[2]
 
 
 def test_print_summary_of_many_data_shows_the_worst(capsys):
