@@ -9,4 +9,4 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     num_steps = 100 if args.small else None
     swiss_roll.run(["short"], num_steps=num_steps, num_test=2_000, figures=args.figures, progress=args.progress)
-    digits.run(num_steps=num_steps or digits.NUM_STEPS, figures=args.figures, progress=args.progress)
+    digits.run(num_steps=num_steps or 1_500, figures=args.figures, progress=args.progress)
