@@ -80,12 +80,18 @@ def run(
         estimate = ppd.estimate_log_prob(jax.random.key(1), prior, x, num_trajectories, progress_bar=progress)
         gap, misses = exact - estimate.bound, estimate.value - exact
         gap_error = float(gap.std(ddof=1)) / math.sqrt(num_data)
-        row = Row(length, float(estimate.log_weights.var(0).mean()), float(gap.mean()), gap_error, float(misses.std()))
+        row = Row(
+            length,
+            float(estimate.log_weights.var(0).mean()),
+            float(gap.mean()),
+            gap_error,
+            float(np.sqrt((misses**2).mean())),
+        )
         results.append(row)
         khat = f"{np.median(estimate.pareto_k):.2f}"
         cells = (f"{row.variance:.2e}", with_error(gap, 5), with_error(misses, 5), f"{row.error:.1e}", khat)
         table.append((f"T = {length}", *cells))
-    columns = ("variance of log w", "log p - K", "estimate - log p", "its spread", "median k-hat")
+    columns = ("variance of log w", "log p - K", "estimate - log p", "its root mean square", "median k-hat")
     print_table(f"Two components, exact f_μ and f_Σ; {num_trajectories} trajectories per datum; nats", columns, table)
     slope = np.polyfit(np.log([row.num_timesteps for row in results]), np.log([row.variance for row in results]), 1)[0]
     print(f"the variance of the log weight falls as T to the power {slope:.2f}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+NEARLY_EVEN = 0.95  # of the draws are effective: whatever tail there is carries next to nothing
 FEWEST_DRAWS = 25  # with fewer, a tail of a fifth of the draws has less than five of them
 
 
@@ -29,7 +30,8 @@ def pareto_smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pareto smoothed log weights, on the scale of the raw ones, and the tails' shapes k-hat.
 
     ArviZ's PSIS but for tails that it cannot fit. Where the largest weights are all equal there is no tail, and k-hat
-    is minus infinity; with fewer than five values in the tail nothing can be known of it, and k-hat is infinite.
+    is minus infinity; with fewer than five values above the rest it is so too if all weights are nearly even, and
+    infinite if they are not, because nothing can be known of the tail.
 
     :param log_weights: shape ``(draws, N)``.
     :return: of shapes ``(draws, N)`` and ``(N,)``.
@@ -46,7 +48,17 @@ def pareto_smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             pareto_k[column] = -np.inf
         elif np.count_nonzero(weights > cutoff) >= 5:
             smoothed[:, column], pareto_k[column] = fit(weights)
+        elif _effective_share(weights) >= NEARLY_EVEN:
+            pareto_k[column] = -np.inf
     return smoothed, pareto_k
+
+
+def _effective_share(log_weights: np.ndarray) -> float:
+    """The effective sample size over the number of draws."""
+    if np.isneginf(log_weights).all():
+        return 0.0
+    relative = np.exp(log_weights - log_weights.max())
+    return float(relative.mean() ** 2 / (relative**2).mean())
 
 
 def _fit_first(log_weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -19,7 +19,7 @@ from pp_diffusion.prior import DiffusionPrior, as_rows
 from pp_diffusion.schedules import positive_int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReverseEntropy:
     r"""The model's entropy of each step, :math:`E_{q(x_t)} H[p(X_{t-1} \mid x_t)]`, in nats.
 
@@ -34,7 +34,7 @@ class ReverseEntropy:
         return np.array(self.value, dtype=dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EntropyBounds:
     r"""Bounds on :math:`H_q(X_{t-1} \mid X_t)`, the entropy of the step that the reverse trajectory has to undo.
 
@@ -65,9 +65,10 @@ class EntropyBounds:
         """
         if np.shape(entropy.value) != self.upper.shape:
             raise ValueError(f"entropy must have shape {self.upper.shape}; got {np.shape(entropy.value)}")
-        error = num_errors * entropy.std_error + 1e-5 * (1 + np.abs(self.upper))
-        wrong = (entropy.value < self.lower - error) | (entropy.value > self.upper + error)
-        return np.flatnonzero(wrong) + 1
+        # of one datum no error is known; what is not a number is outside
+        error = num_errors * np.nan_to_num(entropy.std_error) + 1e-5 * (1 + np.abs(self.upper))
+        inside = (entropy.value >= self.lower - error) & (entropy.value <= self.upper + error)
+        return np.flatnonzero(~inside) + 1
 
     def print_summary(self, entropy: ReverseEntropy) -> None:
         """Prints the sums over the steps, whether the upper bound holds, and the steps that are outside."""

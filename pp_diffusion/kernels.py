@@ -139,7 +139,8 @@ class Kernel(Frozen):
         r"""By how much the data meet the condition of the upper bound of eq. 24, in nats: it holds if this is >= 0.
 
         :math:`H(X_t) \ge H(X_{t-1})` is what it needs. As :math:`H(X_t) = -KL(q_t \| \pi) - E \log \pi(X_t)`, and the
-        divergence falls with t, it is enough that :math:`E \log \pi(X_0) \ge -H(\pi)`; the slack is the difference.
+        divergence falls with t, it is enough that :math:`E \log \pi(X_0) \ge -H(\pi)`, for a kernel under which
+        :math:`E \log \pi(X_t)` moves from there to :math:`-H(\pi)` without turning; the slack is the difference.
         """
         return self.null_log_prob(x_0).mean() + self.entropy(self.stationary())
 

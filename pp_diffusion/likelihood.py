@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MAX_PARETO_K = 0.7  # from here on, no error can be stated (Vehtari et al. 2024)
-BELIEVABLE_PARETO_K = 0.5  # from here on, the weights have no variance
+BELIEVABLE_PARETO_K = 0.5  # from here on, the weights' variance is infinite
 BELIEVABLE_STD_ERROR = 0.2  # nats
-BELIEVABLE_ESS = 0.95  # of the trajectories: from here on, whatever tail there is carries next to nothing
+_PER_DATUM = ("value", "psis_value", "std_error", "ess", "pareto_k", "bound", "bound_std_error", "gap", "verdict")
 BELIEVABLE, DOUBTFUL, BOUND_ONLY = "believable", "doubtful", "bound only"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogProbEstimate:
     r"""Estimates of :math:`\log p(x)` per datum, in nats and data units, with what tells whether to believe them.
 
@@ -49,12 +49,13 @@ class LogProbEstimate:
         weights have a tail, no longer exactly unbiased for p(x).
     :ivar std_error: of ``value``, by the delta method: the standard error of the mean weight over that mean, in whose
         square the weight farthest from the mean is counted once more, because weights have a long tail to the right
-        and a sample mostly ends before it does. NaN where ``pareto_k`` is 0.7 or more: the sample's own spread then
-        says nothing.
+        and a sample mostly ends before it does; for discrete kernels it is at least a weight of zero, for the rare
+        flip that no trajectory has met. NaN where ``pareto_k`` is 0.7 or more: the sample's own spread then says
+        nothing.
     :ivar ess: Kish's effective sample size of the weights, 1…num_trajectories.
     :ivar pareto_k: Pareto k-hat, the shape of the tail of the weights: their moments of order 1/k and above are
-        infinite. Minus infinity where the largest weights are all equal (no tail), infinity where there are too few
-        trajectories to tell.
+        infinite. Minus infinity where the largest weights are all equal, or all weights nearly so but for less than
+        five (no tail); infinity where there are too few trajectories, or too few in the tail, to tell.
     :ivar bound: K :math:`\le \log p(x)`. For continuous kernels the mean log weight; for discrete ones, where log
         ratios miss rare flips, :func:`lower_bound` with a sixteenth as many samples (at least four).
     :ivar bound_std_error: its Monte Carlo standard error.
@@ -71,6 +72,7 @@ class LogProbEstimate:
     log_weights: np.ndarray = field(repr=False)
     _bound: _Bound = field(repr=False)
     _source: _Source = field(repr=False)
+    _keys: tuple[np.ndarray, ...] = field(repr=False)
 
     @property
     def num_trajectories(self) -> int:
@@ -97,7 +99,7 @@ class LogProbEstimate:
         no weight has shown, such as a mode that none of the trajectories met, no rule can see.
         """
         tame = self.pareto_k < min(self.good_k, BELIEVABLE_PARETO_K)
-        even = self.ess >= BELIEVABLE_ESS * self.num_trajectories
+        even = self.ess >= _arviz.NEARLY_EVEN * self.num_trajectories
         believable = (tame | even) & (self.std_error <= BELIEVABLE_STD_ERROR)
         return np.where(self.pareto_k < MAX_PARETO_K, np.where(believable, BELIEVABLE, DOUBTFUL), BOUND_ONLY)
 
@@ -130,10 +132,14 @@ class LogProbEstimate:
 
         :param rng_key: a JAX random key, another one than before.
         :param num_trajectories: how many to add per datum.
+        :raises ValueError: if these trajectories were drawn with that key.
         """
+        if any(np.array_equal(_key_data(rng_key), used) for used in self._keys):
+            raise ValueError("rng_key must be another one than before: it would draw the same trajectories again")
         log_weights, bound = self._source.draw(rng_key, num_trajectories, progress_bar)
         both = None if bound is None else self._bound.with_more(bound)
-        return _summarise(np.concatenate([self.log_weights, log_weights]), both, self._source)
+        weights, keys = np.concatenate([self.log_weights, log_weights]), (*self._keys, _key_data(rng_key))
+        return _summarise(weights, both, self._source, keys)
 
     def print_summary(self, max_rows: int = 10) -> None:
         """Prints a table per datum (the ``max_rows`` with the largest k-hat) and in total, in nats and bits, and says
@@ -149,8 +155,13 @@ class LogProbEstimate:
             print(f"{row:>11}{cells}  {verdict[row]}")
         if len(shown) < len(rows):
             print(f"{'':>7}(the {len(shown)} of {len(rows)} data with the largest k-hat)")
-        for label, values in (("log p", self.value), ("K", self.bound), ("log p - K", self.gap)):
-            mean, error = float(values.mean()), _error_over_data(values)
+        of_one = np.hypot(self.std_error, self.bound_std_error)  # one datum has no spread over data
+        for label, values, own in (
+            ("log p", self.value, self.std_error),
+            ("K", self.bound, self.bound_std_error),
+            ("log p - K", self.gap, of_one),
+        ):
+            mean, error = float(values.mean()), _error_over_data(values) if values.size > 1 else float(own.item())
             bits = f"{nats_to_bits(mean):.4f} ± {_plain(nats_to_bits(error), '.4f')} bits"
             print(f"mean {label}: {mean:.4f} ± {_plain(error, '.4f')} nats, {bits}")
         print(self._in_words())
@@ -173,9 +184,9 @@ class LogProbEstimate:
 
         ``posterior``
             ``log_prob``: what the trajectories leave open about log p, by the Bayesian bootstrap (Rubin 1981), as many
-            draws as trajectories. ``az.summary`` gives its mean, its standard deviation (which is ``std_error``) and
-            an interval; NaN where ``std_error`` is. The draws are independent, so that ``az.rhat`` and ``az.ess`` say
-            nothing of the weights, whose own ESS is in ``estimate``.
+            draws as trajectories, stretched to the spread ``std_error``. ``az.summary`` gives its mean, that standard
+            deviation and an interval; NaN where ``std_error`` is. The draws are independent, so that ``az.rhat`` and
+            ``az.ess`` say nothing of the weights, whose own ESS is in ``estimate``.
         ``sample_stats``
             ``log_weight`` of each trajectory. ``az.summary(..., group="sample_stats")`` has their mean, which is K
             for continuous data.
@@ -207,12 +218,11 @@ class LogProbEstimate:
 
         per_draw = ["chain", "draw", *batch_dims]
         shape = (num_chains, -1, *self.value.shape)
-        names = ("value", "psis_value", "std_error", "ess", "pareto_k", "bound", "bound_std_error", "gap", "verdict")
         groups = {
             "posterior": dataset(per_draw, {"log_prob": self._bootstrap().reshape(shape)}, draws),
             "sample_stats": dataset(per_draw, {"log_weight": self.log_weights.reshape(shape)}, draws),
             "observed_data": dataset(batch_dims + event_dims, {"x": self._source.x}),
-            "estimate": dataset(batch_dims, {name: getattr(self, name) for name in names}),
+            "estimate": dataset(batch_dims, {name: getattr(self, name) for name in _PER_DATUM}),
         }
         attrs = {"units": "nats", "num_trajectories": self.num_trajectories, "good_k": self.good_k}
         groups["estimate"].attrs |= attrs
@@ -224,8 +234,12 @@ class LogProbEstimate:
         ArviZ may call them ``loo``. Nothing is left out here: they are log densities of data that the model has not
         seen, if that is what ``x`` was.
         """
-        estimate = self.to_arviz().estimate
-        return _arviz.elpd_data(estimate["value"], estimate["pareto_k"], self.good_k, self.num_trajectories)
+        import xarray
+
+        dims, _ = self._dims(None)
+        coords = {name: np.arange(size) for name, size in zip(dims, self.value.shape, strict=True)}
+        log_prob, pareto_k = (xarray.DataArray(values, coords, dims) for values in (self.value, self.pareto_k))
+        return _arviz.elpd_data(log_prob, pareto_k, self.good_k, self.num_trajectories)
 
     def _dims(self, dims: Sequence[str] | None) -> tuple[list[str], list[str]]:
         ndim = self.value.ndim
@@ -233,10 +247,17 @@ class LogProbEstimate:
             dims = ["datum"] if ndim == 1 else [f"datum_dim_{i}" for i in range(ndim)]
         if isinstance(dims, str) or len(dims) != ndim:
             raise ValueError(f"dims must name the data's {ndim} batch axes; got {dims!r}")
-        return list(dims), [f"x_dim_{i}" for i in range(self._source.x.ndim - ndim)]
+        event_dims = [f"x_dim_{i}" for i in range(self._source.x.ndim - ndim)]
+        taken = {"chain", "draw", *event_dims}
+        if len(set(dims)) < ndim or taken & set(dims):
+            raise ValueError(f"dims must be distinct and none of {sorted(taken)}; got {dims!r}")
+        return list(dims), event_dims
 
     def _bootstrap(self, num_batches: int = 64) -> np.ndarray:
-        """Draws of log p by the Bayesian bootstrap over batches of trajectories, shaped like ``log_weights``."""
+        """Draws of log p by the Bayesian bootstrap over batches of trajectories, shaped like ``log_weights``.
+
+        Their spread is made ``std_error``: few batches, and what the sample has not met, leave it too small.
+        """
         count = self.num_trajectories
         with np.errstate(invalid="ignore"):  # NaN, as below, where no trajectory has any weight
             relative = np.exp(self.log_weights.reshape(count, -1) - self.value.ravel())
@@ -246,12 +267,16 @@ class LogProbEstimate:
         for datum, value in enumerate(self.value.ravel()):
             shares = generator.standard_exponential((count, len(starts)))
             draws[:, datum] = value + np.log(shares @ sums[:, datum]) - np.log(shares @ sizes)
+        spread = draws.std(0) if count > 1 else np.ones(draws.shape[1])
+        stretch = np.divide(self.std_error.ravel(), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+        draws = draws.mean(0) + (draws - draws.mean(0)) * stretch
         draws[:, ~(self.pareto_k.ravel() < MAX_PARETO_K)] = np.nan
         return draws.reshape(self.log_weights.shape)
 
 
 class _Bound(NamedTuple):
-    """K per datum, its standard error, and of how many samples it is the mean."""
+    """K of discrete data, where the log weights do not tell it: its standard error, and of how many samples it is the
+    mean."""
 
     value: np.ndarray
     std_error: np.ndarray
@@ -313,8 +338,9 @@ def estimate_log_prob(
 ) -> LogProbEstimate:
     r"""The log likelihood :math:`\log p(x)` per datum, by the paper's average over forward trajectories (eq. 9).
 
-    Trajectories are drawn in posterior order and streamed: time is T network calls per trajectory and datum, memory
-    that of one step of ``chunk_size`` trajectories, whatever T and ``num_trajectories``.
+    Trajectories are drawn in posterior order and streamed: time is T network calls per trajectory and datum. The
+    device's memory is that of one step of ``chunk_size`` trajectories, whatever T and ``num_trajectories``; the host
+    keeps the log weights, a number per trajectory and datum, and a few arrays like it while it sums them up.
 
     :param rng_key: a JAX random key.
     :param prior: ``fit.prior`` or ``diffusion.prior(params)``; one with a context has the data's batch shape.
@@ -346,10 +372,12 @@ def estimate_log_prob(
     *_, batch_shape = as_rows(prior, x)
     x = np.broadcast_to(x, batch_shape + prior.event_shape)
     source = _Source(prior, x, positive_int("chunk_size", chunk_size))
-    return _summarise(*source.draw(rng_key, num_trajectories, progress_bar), source)
+    return _summarise(*source.draw(rng_key, num_trajectories, progress_bar), source, (_key_data(rng_key),))
 
 
-def _summarise(log_weights: np.ndarray, bound: _Bound | None, source: _Source) -> LogProbEstimate:
+def _summarise(
+    log_weights: np.ndarray, bound: _Bound | None, source: _Source, keys: tuple[np.ndarray, ...] = ()
+) -> LogProbEstimate:
     count, batch_shape = len(log_weights), log_weights.shape[1:]
     flat = log_weights.reshape(count, -1)
     smoothed, pareto_k = _arviz.pareto_smooth(flat)
@@ -357,7 +385,8 @@ def _summarise(log_weights: np.ndarray, bound: _Bound | None, source: _Source) -
     with np.errstate(divide="ignore", invalid="ignore"):  # one trajectory has no error; no weight at all has no mean
         relative = np.exp(flat - value)
         squares = (relative - 1) ** 2
-        error = np.sqrt(squares.sum(0) / (count - 1) / count + squares.max(0) / count**2)
+        farthest = squares.max(0) if bound is None else np.maximum(squares.max(0), 1)  # an unseen weight of zero
+        error = np.sqrt(squares.sum(0) / (count - 1) / count + farthest / count**2)
         ess = count / (relative**2).mean(0)
         if bound is None:
             bound = _Bound(log_weights.mean(0), np.sqrt(log_weights.var(0) / (np.asarray(count) - 1)), count)
@@ -372,7 +401,12 @@ def _summarise(log_weights: np.ndarray, bound: _Bound | None, source: _Source) -
         log_weights=log_weights,
         _bound=bound,
         _source=source,
+        _keys=keys,
     )
+
+
+def _key_data(rng_key: Array) -> np.ndarray:
+    return np.asarray(jax.random.key_data(rng_key) if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else rng_key)
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> np.ndarray:
@@ -389,7 +423,7 @@ def _plain(number: float, digits: str) -> str:
 
 def _error_over_data(values: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):  # a datum without any weight
-        return float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
+        return float(values.std(ddof=1)) / math.sqrt(values.size)
 
 
 def _even(total: int, most: int) -> tuple[int, int]:

@@ -129,10 +129,11 @@ def entropies(bounds: EntropyBounds, entropy: ReverseEntropy) -> Figure:
         axis.set(xlabel="t", xscale="log")
     axes[0][0].set(ylabel="entropy of $x_{t-1}$ given $x_t$ (nats)")
     axes[0][1].set(ylabel="less the upper bound (nats)")
-    finite = (bounds.lower - bounds.upper)[1:]
-    if len(finite):
-        low = float(np.quantile(finite, 0.05))
-        axes[0][1].set_ylim(1.1 * min(low, float((entropy.value - bounds.upper).min())), -0.1 * low)
+    finite = np.isfinite(bounds.lower)  # not t = 1 of continuous data
+    if finite.any():
+        low = float(np.quantile((bounds.lower - bounds.upper)[finite], 0.05))
+        lowest = min(low, float((entropy.value - bounds.upper)[finite].min()))
+        axes[0][1].set_ylim(1.1 * lowest, -0.1 * low)
     axes[0][0].legend()
     return figure
 
@@ -150,6 +151,11 @@ def pareto_k(estimate: LogProbEstimate) -> Figure:
         chosen = verdict == name
         label = f"{name}: {100 * chosen.mean():.1f} %"
         axis.scatter(datum[chosen], khat[chosen], s=6, color=color, linewidths=0, label=label)
+        for sign, marker in ((-1, "v"), (1, "^")):  # no tail, or none that could be fitted: at the edges
+            beyond = datum[chosen & np.isinf(khat) & (np.sign(khat) == sign)]
+            if len(beyond):
+                place = np.full(len(beyond), 0.01 if sign < 0 else 0.99)
+                axis.scatter(beyond, place, s=12, color=color, marker=marker, transform=axis.get_xaxis_transform())
     axis.axhline(0.7, color="k", lw=0.7, ls="--")
     axis.axhline(estimate.good_k, color="k", lw=0.7, ls=":")
     axis.set(xlabel="datum", ylabel="Pareto k-hat", title=f"{estimate.num_trajectories} trajectories per datum")

@@ -19,6 +19,13 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _no_leftovers():
+    """Each compiled program holds memory maps, of which a process may have so many (65 530 on Linux)."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _light_compilation(request):
     before = jax.config.read("jax_disable_most_optimizations")
     if request.node.path.stem.removeprefix("test_") in LIGHT:

@@ -127,6 +127,21 @@ def test_extend_adds_trajectories():
     assert both.extend(jax.random.key(2), 1).num_trajectories == 81
 
 
+def test_extend_refuses_a_key_that_was_used():
+    one = ppd.estimate_log_prob(KEY, GAUSSIAN, X, 30)
+    for estimate, key in ((one, KEY), (one.extend(OTHER, 5), OTHER), (one, jax.random.PRNGKey(0))):
+        with pytest.raises(ValueError, match="rng_key must be another one than before"):
+            estimate.extend(key, 5)
+
+
+def test_an_unseen_flip_is_in_the_error_of_discrete_data():
+    """All weights equal: of continuous data that is the exact process, of discrete data it may be luck."""
+    log_weights, zero = np.zeros((100, 1)), np.zeros(1)
+    source = likelihood._Source(BINOMIAL, np.zeros((1, 2)), 16)
+    lucky = likelihood._summarise(log_weights, likelihood._Bound(zero, zero, 4), source)
+    np.testing.assert_allclose([made_of(np.zeros(100)).std_error[0], lucky.std_error[0]], [0, 0.01], atol=1e-12)
+
+
 def test_extend_weights_a_separate_bound_by_its_samples():
     """100 and 200 trajectories bring 6 and 12 samples of K."""
     one, other = (ppd.estimate_log_prob(key, BINOMIAL, np.eye(2), num) for key, num in ((KEY, 100), (OTHER, 200)))
@@ -270,8 +285,9 @@ def test_print_summary_of_few_data(capsys):
         np.testing.assert_allclose([nats, error], [values.mean(), values.std(ddof=1) / np.sqrt(5)], atol=1e-4)
         np.testing.assert_allclose([bits, bits_error], np.array([nats, error]) / np.log(2), atol=2e-4)
     assert words.startswith("400 trajectories per datum; 5 believable, 0 doubtful, 0 bound only. In total believable:")
-    # one datum has no spread over data
-    assert "unknown nats" in printed(capsys, made_of(TAME))[2]
+    # one datum has no spread over data: its own error
+    one = made_of(TAME)
+    assert f"± {one.std_error[0]:.4f} nats" in printed(capsys, one)[2]
 
 
 def test_print_summary_of_many_data_shows_the_worst(capsys):
@@ -298,7 +314,7 @@ def test_print_summary_says_it_in_words(capsys, column, words):
 
 def test_no_weight_at_all_is_reported_without_warnings(capsys):
     estimate = made_of(TAME, NOTHING)
-    assert printed(capsys, estimate)[2].split()[:4] == ["1", "-inf", "nan", "-inf"]
+    assert printed(capsys, estimate)[2].split()[:4] == ["1", "-inf", "unknown", "-inf"]
     assert np.isnan(estimate.gap[1]) and np.isfinite(estimate.gap[0])
     draws = estimate.to_arviz().posterior["log_prob"].values
     assert np.isnan(draws[..., 1]).all() and np.isfinite(draws[..., 0]).all()

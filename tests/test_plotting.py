@@ -99,9 +99,10 @@ def test_pareto_k_by_verdict():
     found = estimate()
     axis = ppd.plotting.pareto_k(found).axes[0]
     shown = [np.asarray(points.get_offsets()) for points in axis.collections]
-    assert [len(points) for points in shown] == [2, 0, 1]
+    assert [len(points) for points in shown] == [2, 1, 0, 1]
     np.testing.assert_allclose(shown[0][0], [0, found.pareto_k[0]])
-    np.testing.assert_allclose(shown[2], [[1, found.pareto_k[1]]])
+    np.testing.assert_allclose(shown[1], [[2, 0.01]])  # without a tail: at the lower edge
+    np.testing.assert_allclose(shown[3], [[1, found.pareto_k[1]]])
     assert labels(axis) == ["believable: 66.7 %", "doubtful: 0.0 %", "bound only: 33.3 %"]
     assert [line.get_ydata()[0] for line in axis.lines] == [0.7, found.good_k]
     assert axis.get_title() == "100 trajectories per datum"

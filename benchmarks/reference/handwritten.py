@@ -176,7 +176,7 @@ def sample(rng_key: Array, weights: Weights, chain: Chain, num: int) -> Array:
 def log_weights(rng_key: Array, weights: Weights, chain: Chain, x: Array, num: int) -> Array:
     """log p(x_0…x_T) − log q(x_1…x_T | x_0) of ``num`` trajectories drawn backwards for each point, shape (num, N)."""
     x = jnp.broadcast_to(x, (num, *x.shape))
-    end_key, _, rng_key = jax.random.split(rng_key, 3)
+    end_key, rng_key = jax.random.split(rng_key)
     noise = jax.random.normal(end_key, x.shape)
     end = chain.signal[-1] * x + chain.noise[-1] * noise
     start = jnp.sum(jnp.log(chain.noise[-1]) + 0.5 * (noise**2 - end**2), -1)

@@ -40,6 +40,8 @@ class Entrywise(nn.Module):
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, log_snr: Array, context: Any = None) -> tuple[Array, ...]:
+        if not self.entry_units:
+            raise ValueError("entry_units must hold at least one width; got ()")
         activation = getattr(jax.nn, self.activation)
         x, level = flatten_event(x_t, t), log_snr[..., None] / 8
         time = jnp.concatenate([level, sinusoids(level, 4)], -1)

@@ -323,7 +323,7 @@ def test_reverse_entropy_of_linear_processes(last_step):
     np.testing.assert_allclose(found.std_error, 0, atol=1e-6)
 
 
-def test_the_exact_processs_own_entropy_is_inside():
+def test_the_exact_processs_own_entropy_against_the_bounds():
     prior, _, chain = linear_prior(40, -8.0)
     found, bounds = ppd.reverse_entropy(KEY, prior, X), ppd.entropy_bounds(prior)
     true = 0.5 * (LOG_2_PI_E + np.log(DATA.exact_reverse(chain).variance)).sum(-1)

@@ -108,10 +108,10 @@ def test_the_law_of_the_weights_is_that_of_many_draws():
     x = DATA.draw(5, 1)
     with enable_x64():
         law = law_of_weights(linear_prior(4, slope=0.05, spread=1.1), jnp.asarray(x[0]))
-    estimate = ppd.estimate_log_prob(jax.random.key(0), linear_prior(4, slope=0.05, spread=1.1), x, 200_000)
+    estimate = ppd.estimate_log_prob(jax.random.key(0), linear_prior(4, slope=0.05, spread=1.1), x, 50_000)
     relative = np.exp(estimate.log_weights - law.log_mean)
     assert abs(relative.mean() - 1) < 4.5 * law.relative_sd / np.sqrt(relative.size)
-    np.testing.assert_allclose(relative.std(), law.relative_sd, rtol=0.02)
+    np.testing.assert_allclose(relative.std(), law.relative_sd, rtol=0.03)
     assert 0.1 < law.tail < 0.2
 
 
@@ -154,8 +154,8 @@ def words_prior(num_bits, noise):
     return diffusion.prior({diffusion.network_site: {"table": exact.table}}), exact.probs
 
 
-@pytest.mark.parametrize("num_bits, noise, word", [(3, 0.3, 2), (3, 0.6, 0), (3, 0.6, 3), (5, 0.4, 7), (5, 0.2, 22)])
-@pytest.mark.parametrize("num_trajectories", [256, 1000])
+@pytest.mark.parametrize("num_bits, noise, word", [(3, 0.3, 2), (3, 0.6, 0), (5, 0.4, 7), (5, 0.2, 22)])
+@pytest.mark.parametrize("num_trajectories", [256, pytest.param(1000, marks=pytest.mark.slow)])
 def test_two_standard_errors_cover_p(num_bits, noise, word, num_trajectories):
     """In 93 to 97 % of the repetitions with k-hat < 0.5, in cases where that is the rule. The share of 2000 has a
     standard error of half a per cent."""
