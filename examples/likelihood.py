@@ -152,6 +152,6 @@ if __name__ == "__main__":
     args = arguments(__doc__, rows=list(ROWS))
     size: dict[str, Any] = {}
     if args.small:
-        args.rows = ["roll-40", "heartbeat"] if args.rows == list(ROWS) else args.rows
+        args.rows = ["roll-40"] if args.rows == list(ROWS) else args.rows
         size = {"num_steps": 50, "most_data": 5, "num_trajectories": 30}
     run(args.rows, **size, figures=args.figures, progress=args.progress)
