@@ -38,15 +38,3 @@ def paired(data: Any, log_prob: Any) -> tuple[float, float]:
     """The mean of log q(x_i) − ``log_prob[i]`` over ``data.test``, and its standard error, in bits."""
     exact = np.asarray(data.log_prob(data.test), np.float64)
     return mean_and_error(ppd.units.nats_to_bits(exact - np.asarray(log_prob, np.float64)))
-
-
-def divergence(data: Any, log_prob: Any) -> tuple[float, float]:
-    """KL(q ‖ p), which is what :func:`paired` estimates where ``log_prob`` is log p, and its standard error, in bits.
-
-    To each log(q/p) is added p/q − 1, of which the mean is zero because p integrates to one: it cancels the noise of
-    first order in p/q − 1, and a quarter of the error is left. What p puts where q is all but zero, and no test point
-    is, is missed: the figure is too low by about that mass, and its error does not tell. Use it beside :func:`paired`,
-    to compare models. Not for K, whose exponential integrates to less.
-    """
-    ratio = np.asarray(log_prob, np.float64) - np.asarray(data.log_prob(data.test), np.float64)
-    return mean_and_error(ppd.units.nats_to_bits(np.expm1(ratio) - ratio))
