@@ -484,7 +484,7 @@ class SMC:
         """Effective sample size of the weights at t = T…0, shape ``(T + 1, num_chains, *systems)``; the last is that of
         the draws of x."""
         run = self._done
-        return run.infos.ess.reshape(-1, *run.log_evidences.shape)[::-1]
+        return np.asarray(run.infos.ess).reshape(-1, *run.log_evidences.shape)[::-1]
 
     @property
     def twist_rules(self) -> dict[str, str]:
@@ -511,9 +511,9 @@ class SMC:
         run, samples = self._done, self.get_samples()
         rows = []
         for name, values in samples.items():
-            values = np.asarray(values, np.float64).reshape(len(values), -1)
-            shape = samples[name].shape[1:]
-            for i, column in enumerate(values.T[: max_rows + 1]):
+            shape = values.shape[1:]
+            columns = np.asarray(values, np.float64).reshape(len(values), -1).T
+            for i, column in enumerate(columns[: max_rows + 1]):
                 label = name + (str(list(map(int, np.unravel_index(i, shape)))).replace(" ", "") if shape else "")
                 low, median, high = np.quantile(column, [0.05, 0.5, 0.95])
                 rows.append((label, column.mean(), column.std(), median, low, high))
@@ -691,7 +691,7 @@ def _pooled(factors: Factors, state: SMCState, num_chains: int) -> tuple[Array, 
         a = a.reshape(a.shape[0], num_chains, systems, *a.shape[2:])
         return jnp.moveaxis(a, 1, 0).reshape(-1, systems, *a.shape[3:])
 
-    weights = pool(jnp.broadcast_to(state.log_evidence, state.x.shape[:2]))
+    weights = pool(jnp.broadcast_to(state.log_evidence, state.log_weights.shape))
     key = jax.random.fold_in(state.rng_key, 1)
     return _gather(_systematic(key, weights), jax.tree.map(pool, (state.x, state.latents)))
 

@@ -32,6 +32,10 @@ MOST_ROWS = 64
 LEAST_LOG_SNR = -6.0
 #: A guided step keeps this share of the unguided one's variance in any direction.
 LEAST_VARIANCE = 1e-3
+#: By so much at most, the paper's perturbation changes a bit's log odds.
+LARGEST_TILT = 10.0
+#: Up to so many bits, r is averaged over all words.
+MOST_BITS = 8
 #: Draws of x_0 over which r is averaged where it has no closed form.
 NUM_DRAWS = 32
 
@@ -199,7 +203,7 @@ class Power(Twist):
         self._set(name=name, starts=name == "constant")
 
     def check(self, factors: Factors) -> None:
-        if factors.is_exact and not factors.is_discrete:
+        if factors.is_exact:  # a twist has to be positive
             raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {self.name!r}")
 
     def _power(self, t: Array | int, num_timesteps: int) -> Array:
@@ -250,7 +254,8 @@ class Moment(Twist):
 
     def rules(self, factors: Factors) -> dict[str, str]:
         if factors.is_discrete:
-            rule = "bit by bit, exact" if factors.owner is not None else f"averaged over {NUM_DRAWS} draws"
+            over = "all words" if math.prod(factors.state_shape) <= MOST_BITS else f"{NUM_DRAWS} draws"
+            rule = f"averaged over {over}" if factors.owner is None else "bit by bit, in closed form"
             return {site.name: rule for site in factors.observed}
         averaged = f"averaged over {NUM_DRAWS} draws"
         words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
@@ -354,9 +359,9 @@ def _conditioned(
     batch, size = shape[:2], math.prod(shape[2:])
     scale = jnp.sqrt(prediction.reverse.variance)
     log_known = jnp.zeros(batch, scale.dtype)
-    if prediction.is_last and exact.index.shape[-1]:
+    if prediction.is_last and exact.where.shape[-1]:
         prediction, scale, log_known = _set_known(exact, prediction, scale)
-        exact = exact._replace(index=exact.index[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
+        exact = exact._replace(where=exact.where[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
 
     def residuals(z: Array) -> tuple[Array, Reading]:
         reading = factors.read(z, latents)
@@ -365,7 +370,7 @@ def _conditioned(
     residual, pull, reading = jax.vjp(residuals, prediction.x_0, has_aux=True)
     covariance = reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny)
     log_value = reading.correction + log_known
-    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.index.shape[-1]
+    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.where.shape[-1]
     shift = jnp.zeros(shape, scale.dtype)
     if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
         log_other, gradient = _averaged(factors, prediction, latents, noise)
@@ -378,8 +383,8 @@ def _conditioned(
     # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
     seeds = jnp.broadcast_to(jnp.eye(num_noisy, dtype=scale.dtype)[:, None, None], (num_noisy, *residual.shape))
     rows = -jax.vmap(lambda seed: pull(seed)[0])(seeds)
-    if exact.index.shape[-1]:
-        chains = batch[1] // len(exact.index)
+    if exact.where.shape[-1]:
+        chains = batch[1] // len(exact.where)
         index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
         one_hot = jax.nn.one_hot(index, size, dtype=scale.dtype) * counts[..., None]
         one_hot = jnp.moveaxis(jnp.broadcast_to(one_hot, (batch[0], *one_hot.shape)), 2, 0)
@@ -455,7 +460,7 @@ def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Pred
     """The last step with the coordinates that are known set to their values, and the density of these."""
     shape = prediction.x_0.shape
     batch, size = shape[:2], math.prod(shape[2:])
-    chains = batch[1] // len(exact.index)
+    chains = batch[1] // len(exact.where)
     index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
 
     def row(mean: Array, scale: Array, index: Array, value: Array, counts: Array) -> tuple[Array, Array, Array]:
@@ -583,21 +588,35 @@ def _per_bit(factors: Factors, prediction: Prediction, latents: Latents) -> Guid
         probs = prediction.x_0.reshape(logits.shape)
         of_x_0 = jnp.log(probs) - jnp.log1p(-probs)
     log_twist = jnp.logaddexp(jax.nn.log_sigmoid(of_x_0) + one, jax.nn.log_sigmoid(-of_x_0) + zero).sum(-1) + rest
-    tilted = _finite(of_x_0 + _difference(one, zero))
+    difference = jnp.where(jnp.isnan(one - zero), 0.0, one - zero)
+    limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
+    tilted = jnp.clip(of_x_0 + difference, -limit, limit)
     return Guided(log_twist, _bits_guide(factors, prediction, logits, tilted))
 
 
 def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, noise: Array) -> Guided:
     """r averaged over draws of all bits, and the step given how often each bit is 1 under r."""
     probs = prediction.x_0
-    draws = (noise[:, None, None] < probs).astype(probs.dtype)
-    log_r = jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
-    log_twist = jax.nn.logsumexp(log_r, axis=0) - math.log(len(draws))
+    shape, size = probs.shape, math.prod(probs.shape[2:])
+    if size <= MOST_BITS:  # all words, instead of draws
+        words = jnp.stack(jnp.meshgrid(*[jnp.arange(2.0)] * size, indexing="ij"), -1).reshape(-1, size)
+        particles = shape[:2] if latents else (1, shape[1])  # r of a word is the same for all
+        draws = jnp.broadcast_to(words.reshape(-1, 1, 1, *shape[2:]), (len(words), *particles, *shape[2:]))
+        flat = probs.reshape(*shape[:2], size)
+        log_prob = jnp.einsum("ki,psi->kps", words, jnp.log(flat)) + jnp.einsum(
+            "ki,psi->kps", 1 - words, jnp.log1p(-flat)
+        )
+        trust = 1 - 1e-3
+    else:
+        draws = (noise[:, None, None] < probs).astype(probs.dtype)
+        log_prob = jnp.asarray(-math.log(len(draws)))
+        trust = 1 - 2 / math.sqrt(len(draws))  # what few draws do not show has to stay possible
+    log_r = log_prob + jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
+    log_twist = jax.nn.logsumexp(log_r, axis=0)
     weights = jax.nn.softmax(log_r, axis=0)
-    tilted = jnp.einsum("kps,kps...->ps...", jnp.where(jnp.isfinite(weights), weights, 1 / len(draws)), draws)
-    # the draws are few: what they do not show has to stay possible
-    trust = (1 - 2 / jnp.sqrt(len(draws))) * jnp.ones(())
-    mixed = (trust * tilted + (1 - trust) * probs).reshape(*probs.shape[:2], -1)
+    weights = jnp.where(jnp.isfinite(weights), weights, 1 / len(draws))
+    tilted = jnp.einsum("kps,kps...->ps...", weights, jnp.broadcast_to(draws, (len(draws), *shape)))
+    mixed = (trust * tilted + (1 - trust) * probs).reshape(*shape[:2], size)
     logits = _flat_logits(prediction)
     mixed = jnp.clip(mixed, jnp.finfo(mixed.dtype).tiny, 1 - jnp.finfo(mixed.dtype).eps)
     return Guided(log_twist, _bits_guide(factors, prediction, logits, jnp.log(mixed) - jnp.log1p(-mixed)))
@@ -609,7 +628,7 @@ def _flipped(factors: Factors, prediction: Prediction, latents: Latents, power: 
     logits = _flat_logits(prediction)
     if factors.owner is not None:
         zero, one, _ = _bit_factors(factors, prediction.x_t, latents)
-        return BitsGuide(logits, _finite(logits + power * _difference(one, zero)))
+        return BitsGuide(logits, logits + power * _difference(one, zero))
     shape = prediction.x_t.shape
     flat = (noise[0].reshape(-1) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
@@ -617,7 +636,7 @@ def _flipped(factors: Factors, prediction: Prediction, latents: Latents, power: 
         return factors.read(flat.at[..., i].set(bit).reshape(shape), latents).log_r
 
     change = jax.lax.map(lambda i: _difference(log_r(i, 1.0), log_r(i, 0.0)), jnp.arange(flat.shape[-1]))
-    return BitsGuide(logits, _finite(logits + power * jnp.moveaxis(change, 0, -1)))
+    return BitsGuide(logits, logits + power * jnp.moveaxis(change, 0, -1))
 
 
 def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted: Array) -> BitsGuide:
@@ -630,11 +649,6 @@ def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted:
 
 
 def _difference(one: Array, zero: Array) -> Array:
-    """log r(1) - log r(0), zero where both are impossible."""
+    """log r(1) - log r(0), zero where both are impossible, and finite where one is: a step has to stay possible."""
     difference = one - zero
-    return jnp.where(jnp.isnan(difference), 0.0, difference)
-
-
-def _finite(logits: Array) -> Array:
-    limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
-    return jnp.clip(logits, -limit, limit)
+    return jnp.clip(jnp.where(jnp.isnan(difference), 0.0, difference), -LARGEST_TILT, LARGEST_TILT)
