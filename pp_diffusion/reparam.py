@@ -38,9 +38,10 @@ class TrajectoryReparam(Reparam):
 
     **The noise among the draws.** NumPyro stores what it samples, here T + 1 times as much as x. With
     ``extra_fields=("~z.x_noise",)``, MCMC's own way to leave a site out, ``mcmc.get_samples()`` holds x and the other
-    latents only. Predictions are then made with the model itself, of which x is a site, and not with the
-    reparameterised one, which would draw the missing noise anew: ``Predictive(model, mcmc.get_samples())``.
-    ``mcmc.print_summary(exclude_deterministic=False)`` has x.
+    latents only. What comes after is then done with the model itself, of which x is a site, and not with the
+    reparameterised one, which would draw the missing noise anew: ``Predictive(model, mcmc.get_samples())``,
+    ``log_likelihood(model, mcmc.get_samples(), ...)``. ``mcmc.print_summary(exclude_deterministic=False)`` has x, and
+    ArviZ takes ``az.from_numpyro(mcmc, log_likelihood=False)``.
 
     :raises ValueError: at the site, if the prior is discrete (use ``pp_diffusion.SMC``), or if the site is observed,
         masked, scaled, or in a subsampled plate, where noise and x do not have the same meaning.

@@ -9,7 +9,7 @@ import pytest
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform
-from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, log_likelihood
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pp_diffusion as ppd
@@ -182,7 +182,7 @@ def test_memory_of_the_gradient_holds_no_networks():
         (lambda p: p.expand([3]), (3,), (2,)),
         (lambda p: p.expand([3]).to_event(1), (), (3, 2)),
         (lambda p: p.expand([4, 3]).to_event(1), (4,), (3, 2)),
-        (lambda p: p.expand([3]).to_event(1).expand([4]), (4,), (3, 2)),
+        (lambda p: p.expand([3]).to_event(1).expand((4,)), (4,), (3, 2)),
         (lambda p: p.expand([3]).expand([4, 3]).to_event(2), (), (4, 3, 2)),
     ],
 )
@@ -291,9 +291,12 @@ def test_nuts_with_other_latents_and_data_units():
     both = np.stack([draws["loc"], draws["x"][..., 0]], -1)
     assert np.abs(mcmc_z_score(both, posterior_mean)).max() < Z
     assert np.abs(mcmc_z_score((both - posterior_mean) ** 2, np.diag(posterior_cov))).max() < Z
-    again = Predictive(model, {name: a.reshape(-1, *a.shape[2:]) for name, a in draws.items()})(jax.random.key(1))
+    draws = {name: a.reshape(-1, *a.shape[2:]) for name, a in draws.items()}
+    again = Predictive(model, draws, parallel=True)(jax.random.key(1))
     residual = np.asarray(again["y"]) - np.asarray(both.reshape(-1, 2).sum(-1))[:, None]
     assert abs(z_score(residual.reshape(-1) ** 2, 1.0)) < Z  # about the x that was drawn, not about a new one
+    likelihood = log_likelihood(model, draws, y=jnp.asarray(y, float))["y"]
+    np.testing.assert_allclose(likelihood, dist.Normal(both.reshape(-1, 2).sum(-1)[:, None]).log_prob(y), rtol=1e-4)
 
 
 def test_svi():
