@@ -187,8 +187,7 @@ class Twist(Frozen):
     ) -> Guided:
         r"""The value :math:`r_t(x_t)`, and a step to :math:`x_{t-1}`.
 
-        :param noise: fixed uniform numbers, shape ``(NUM_DRAWS, *state_shape)``, the same at each call, so that a twist
-            that averages over draws is a function of :math:`x_t`.
+        :param rng_key: the same at each call, so that a twist that averages over draws is a function of :math:`x_t`.
         """
         raise NotImplementedError
 
@@ -218,7 +217,7 @@ class Power(Twist):
         log_r = factors.read(prediction.x_t, latents).log_r
         log_twist = jnp.where(power > 0, power * log_r, 0.0)
         if factors.is_discrete:
-            return Guided(log_twist, _flipped(factors, prediction, latents, next_power, noise))
+            return Guided(log_twist, _perturbed(factors, prediction, latents, next_power, rng_key))
         return Guided(log_twist, _conditioned(factors, exact, _without_look(prediction), latents, next_power).guide)
 
 
@@ -235,7 +234,7 @@ class Lookahead(Twist):
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
     ) -> Guided:
         if factors.is_discrete:
-            return _averaged_bits(factors, prediction, latents, noise)
+            return _averaged_bits(factors, prediction, latents, rng_key)
         log_r, pull = jax.vjp(lambda z: factors.read(z, latents).log_r, prediction.x_0)
         (gradient,) = pull(jnp.ones_like(log_r))
         return Guided(log_r, _shifted(prediction, gradient))
@@ -267,9 +266,9 @@ class Moment(Twist):
     ) -> Guided:
         if factors.is_discrete:
             if factors.owner is None:
-                return _averaged_bits(factors, prediction, latents, noise)
+                return _averaged_bits(factors, prediction, latents, rng_key)
             return _per_bit(factors, prediction, latents)
-        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), noise)
+        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), rng_key)
 
 
 class Custom(Twist):
@@ -352,7 +351,7 @@ def _conditioned(
     prediction: Prediction,
     latents: Latents,
     power: Array,
-    noise: Array | None = None,
+    rng_key: Array | None = None,
 ) -> Guided:
     """The log of the average of r^power over the normal distribution of the prediction, and the step given r."""
     shape = prediction.x_0.shape
@@ -373,7 +372,7 @@ def _conditioned(
     num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.where.shape[-1]
     shift = jnp.zeros(shape, scale.dtype)
     if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
-        log_other, gradient = _averaged(factors, prediction, latents, noise)
+        log_other, gradient = _averaged(factors, prediction, latents, rng_key)
         log_value += log_other
         shift += power * gradient
     if num_rows == 0:
@@ -504,13 +503,13 @@ def _in_noise(prediction: Prediction, gradient: Array) -> Array:
     return jnp.where(jnp.isfinite(length), shift * jnp.minimum(1, most / jnp.maximum(length, 1e-9)), 0.0)
 
 
-def _averaged(factors: Factors, prediction: Prediction, latents: Latents, noise: Array | None) -> tuple[Array, Array]:
+def _averaged(factors: Factors, prediction: Prediction, latents: Latents, rng_key: Array | None) -> tuple[Array, Array]:
     """The log of the mean of the sites' densities that have no normal form, over fixed draws, and its gradient."""
 
     def value(z: Array) -> Array:
-        if noise is None:  # a twist of the state itself
+        if rng_key is None:  # a twist of the state itself
             return factors.read(z, latents).log_other
-        half = jax.scipy.special.ndtri(jnp.clip(noise[: NUM_DRAWS // 2], 1e-6, 1 - 1e-6))
+        half = jax.random.normal(rng_key, (NUM_DRAWS // 2, *factors.state_shape), z.dtype)
         spread = jnp.sqrt(prediction.variance) * jnp.concatenate([half, -half])[:, None, None]
         log_r = jax.vmap(lambda d: factors.read(z + d, latents).log_other)(spread)
         return jax.nn.logsumexp(jnp.where(jnp.isnan(log_r), -jnp.inf, log_r), axis=0) - math.log(NUM_DRAWS)
@@ -594,7 +593,7 @@ def _per_bit(factors: Factors, prediction: Prediction, latents: Latents) -> Guid
     return Guided(log_twist, _bits_guide(factors, prediction, logits, tilted))
 
 
-def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, noise: Array) -> Guided:
+def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, rng_key: Array) -> Guided:
     """r averaged over draws of all bits, and the step given how often each bit is 1 under r."""
     probs = prediction.x_0
     shape, size = probs.shape, math.prod(probs.shape[2:])
@@ -608,7 +607,8 @@ def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, n
         )
         trust = 1 - 1e-3
     else:
-        draws = (noise[:, None, None] < probs).astype(probs.dtype)
+        uniform = jax.random.uniform(rng_key, (NUM_DRAWS, *factors.state_shape), probs.dtype)
+        draws = (uniform[:, None, None] < probs).astype(probs.dtype)
         log_prob = jnp.asarray(-math.log(len(draws)))
         trust = 1 - 2 / math.sqrt(len(draws))  # what few draws do not show has to stay possible
     log_r = log_prob + jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
@@ -622,21 +622,15 @@ def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, n
     return Guided(log_twist, _bits_guide(factors, prediction, logits, jnp.log(mixed) - jnp.log1p(-mixed)))
 
 
-def _flipped(factors: Factors, prediction: Prediction, latents: Latents, power: Array, noise: Array) -> BitsGuide:
-    """The paper's perturbed step, c d / (c d + (1 - c)(1 - d)) per bit (table App. 1), with d from r^power of the bit
-    alone, or flipped in a draw of all bits."""
-    logits = _flat_logits(prediction)
-    if factors.owner is not None:
-        zero, one, _ = _bit_factors(factors, prediction.x_t, latents)
-        return BitsGuide(logits, logits + power * _difference(one, zero))
-    shape = prediction.x_t.shape
-    flat = (noise[0].reshape(-1) < jax.nn.sigmoid(logits)).astype(logits.dtype)
+def _perturbed(factors: Factors, prediction: Prediction, latents: Latents, power: Array, rng_key: Array) -> BitsGuide:
+    """The paper's perturbed step, with r^power; no bit becomes impossible by it."""
+    kernel, logits = factors.prior.diffusion.kernel, _flat_logits(prediction)
 
-    def log_r(i: Array, bit: float) -> Array:
-        return factors.read(flat.at[..., i].set(bit).reshape(shape), latents).log_r
+    def log_r(x: Array) -> Array:
+        return power * factors.read(x, latents).log_r
 
-    change = jax.lax.map(lambda i: _difference(log_r(i, 1.0), log_r(i, 0.0)), jnp.arange(flat.shape[-1]))
-    return BitsGuide(logits, logits + power * jnp.moveaxis(change, 0, -1))
+    perturbed = _logits(kernel.perturb(rng_key, prediction.reverse, log_r)).reshape(logits.shape)
+    return BitsGuide(logits, logits + jnp.clip(perturbed - logits, -LARGEST_TILT, LARGEST_TILT))
 
 
 def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted: Array) -> BitsGuide:
@@ -646,9 +640,3 @@ def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted:
     x_0 = kernel.bernoulli(tilted.reshape(prediction.x_t.shape))
     guided = _logits(kernel.reverse_given(prediction.x_t, x_0, prediction.rates))
     return BitsGuide(logits, guided.reshape(logits.shape))
-
-
-def _difference(one: Array, zero: Array) -> Array:
-    """log r(1) - log r(0), zero where both are impossible, and finite where one is: a step has to stay possible."""
-    difference = one - zero
-    return jnp.clip(jnp.where(jnp.isnan(difference), 0.0, difference), -LARGEST_TILT, LARGEST_TILT)
