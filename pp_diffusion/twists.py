@@ -405,11 +405,11 @@ def _conditioned(
     rows, products, scale = flat(rows), flat(products), scale.reshape(*batch, size)
     cross = rows * scale[..., None, :] if prediction.is_last else prediction.slope * products / scale[..., None, :]
     spread = jnp.einsum("pskd,psld->pskl", rows, products)
-    least = LEAST_VARIANCE * jnp.mean(
-        jnp.einsum("pskd,psd->psk", rows**2, prediction.variance.reshape(*batch, size)), -1
-    )
     noise = covariance
-    covariance = noise + _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), least)
+    if not prediction.is_last:
+        diagonal = jnp.einsum("pskd,psd,psld->pskl", rows, prediction.variance.reshape(*batch, size), rows)
+        spread = _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), diagonal + noise)
+    covariance = noise + spread
     whiten, log_det = _inverse_root(covariance)
     cross = jnp.einsum("pskl,psld->pskd", whiten, cross)
     shares, basis = _eigh(jnp.einsum("pskd,psld->pskl", cross, cross))
@@ -530,11 +530,17 @@ def _padded(covariance: Array, diagonal: Array) -> Array:
     return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
 
 
-def _clipped(matrix: Array, least: Array) -> Array:
-    """A symmetric matrix with eigenvalues of at least ``least``: a trained network's Jacobian is no covariance."""
-    values, vectors = _eigh(matrix)
-    values = jnp.maximum(values, least[..., None])
-    return jnp.einsum("psik,psk,psjk->psij", vectors, values, vectors)
+def _clipped(matrix: Array, scale: Array) -> Array:
+    """A symmetric matrix made positive, relative to ``scale``: a trained network's Jacobian is no covariance."""
+    if matrix.shape[-1] == 1:
+        return jnp.maximum(matrix, LEAST_VARIANCE * scale)
+    tiny = 1e-6 * jnp.trace(scale, axis1=-2, axis2=-1)[..., None, None]
+    root = jnp.linalg.cholesky(scale + tiny * jnp.eye(scale.shape[-1], dtype=scale.dtype))
+    whiten = jax.scipy.linalg.solve_triangular(root, matrix, lower=True)
+    whiten = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(whiten, -1, -2), lower=True)
+    values, vectors = _eigh(whiten)
+    back = jnp.einsum("psik,pskl->psil", root, vectors)
+    return jnp.einsum("psik,psk,psjk->psij", back, jnp.maximum(values, LEAST_VARIANCE), back)
 
 
 def _inverse_root(matrix: Array) -> tuple[Array, Array]:
