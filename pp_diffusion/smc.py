@@ -143,12 +143,13 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     process = factors.process(_num_chains(sampler, state))
     state, info = _step(sampler, state, lambda x: predict_last(process, x))
     chains = _num_chains(sampler, state)
-    log_r = factors.read(state.x, state.latents).log_r
+    reading = factors.read(state.x, state.latents)
+    log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
     log_weights = state.log_weights + log_r - jnp.tile(state.exact.log_det, chains)
     ess, log_mean = _ess(log_weights), _log_mean(log_weights)
     key, move_key, rng_key = jax.random.split(state.rng_key, 3)
     index = _systematic(key, log_weights)
-    x, latents, lineage, log_r = _gather(index, (state.x, state.latents, state.lineage, log_r))
+    x, latents, lineage, log_joint = _gather(index, (state.x, state.latents, state.lineage, log_joint))
     acceptance = jnp.full(ess.shape, jnp.nan)
     if factors.latents and sampler.num_moves:
 
@@ -156,7 +157,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
             reading = factors.read(x, u)
             return reading.log_prior + reading.log_r
 
-        latents, acceptance = _move(move_key, factors, latents, log_target, 4 * sampler.num_moves)
+        latents, acceptance = _move(move_key, factors, latents, log_target, log_joint, 4 * sampler.num_moves)
     state = state._replace(
         x=x,
         latents=latents,
@@ -199,7 +200,8 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
             value, _ = _with_fallback(twist(factors, state.exact, prediction, u, state.twist_key), fallback)
             return value.log_twist + factors.read(prediction.x_0, u).log_prior
 
-        moved, acceptance = _move(move_key, factors, latents, log_target, sampler.num_moves)
+        log_now = found.log_twist + factors.read(prediction.x_0, latents).log_prior
+        moved, acceptance = _move(move_key, factors, latents, log_target, log_now, sampler.num_moves)
         found, _ = _with_fallback(twist(factors, state.exact, prediction, moved, state.twist_key), fallback)
         return x, moved, lineage, found, acceptance
 
@@ -291,9 +293,15 @@ def _gather(index: Array, parts: Any) -> Any:
 
 
 def _move(
-    rng_key: Array, factors: Factors, latents: Latents, log_target: Callable[[Latents], Array], num_moves: int
+    rng_key: Array,
+    factors: Factors,
+    latents: Latents,
+    log_target: Callable[[Latents], Array],
+    log_now: Array,
+    num_moves: int,
 ) -> tuple[Latents, Array]:
-    """Metropolis moves of the other latents, and how often they were accepted, shape ``(S,)``.
+    """Metropolis moves of the other latents, of log density ``log_now`` at the start, and how often they were accepted,
+    shape ``(S,)``.
 
     Continuous ones by a random walk with the particles' covariance, at scales between a tenth of the best one for a
     normal target and the whole; discrete ones by new draws of their prior.
@@ -348,7 +356,7 @@ def _move(
         latents = jax.tree.map(choose, proposed, latents)
         return latents, jnp.where(accept, log_new, log_now), accepted + accept.mean(0)
 
-    start = (latents, log_target(latents), jnp.zeros(batch[1]))
+    start = (latents, log_now, jnp.zeros(batch[1]))
     latents, _, accepted = jax.lax.fori_loop(0, num_moves, one, start)
     return latents, accepted / num_moves
 

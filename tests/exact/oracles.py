@@ -247,6 +247,56 @@ def wrong_reverse(chain: Chain, data: GaussianData) -> LinearReverse:
     )
 
 
+@dataclass(frozen=True)
+class CorrelatedData:
+    """Data N(mean, covariance); the model is the best one with diagonal reverse steps, itself normal."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def reverse(self, chain: Chain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gain matrices (T, d, d), offsets and variances (T, d) of p(x_{t-1} | x_t), by Bayes."""
+        identity = np.eye(len(self.mean))
+        gains, offsets, variances = [], [], []
+        for alpha_bar, before, beta in zip(chain.alpha_bar, chain.previous_alpha_bar, chain.beta, strict=True):
+            now = alpha_bar * self.covariance + (1 - alpha_bar) * identity
+            earlier = before * self.covariance + (1 - before) * identity
+            gain = np.sqrt(1 - beta) * earlier @ np.linalg.inv(now)
+            gains.append(gain)
+            offsets.append(np.sqrt(before) * self.mean - gain @ (np.sqrt(alpha_bar) * self.mean))
+            variances.append(np.diag(earlier - np.sqrt(1 - beta) * gain @ earlier))
+        return np.stack(gains), np.stack(offsets), np.stack(variances)
+
+
+def moments_of(gains: np.ndarray, offsets: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of x_0 under linear reverse steps."""
+    mean, covariance = np.zeros(offsets.shape[1]), np.eye(offsets.shape[1])
+    for gain, offset, variance in reversed(list(zip(gains, offsets, variances, strict=True))):
+        mean, covariance = gain @ mean + offset, gain @ covariance @ gain.T + np.diag(variance)
+    return mean, covariance
+
+
+def linear_network(gains: np.ndarray, offsets: np.ndarray, variances: np.ndarray) -> Callable[..., Any]:
+    """The same steps, for ``parameterization="direct"``."""
+
+    def network(x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gain, offset, variance = (jnp.asarray(a, x_t.dtype)[t - 1] for a in (gains, offsets, variances))
+        return jnp.einsum("...ij,...j->...i", gain, x_t) + offset, variance
+
+    return network
+
+
+def condition(
+    mean: np.ndarray, covariance: np.ndarray, matrix: np.ndarray, noise: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean and covariance of x ~ N(mean, covariance) given y = matrix x + N(0, noise), and log p(y)."""
+    total = matrix @ covariance @ matrix.T + noise
+    gain = covariance @ matrix.T @ np.linalg.inv(total)
+    gap = y - matrix @ mean
+    log_evidence = -0.5 * (gap @ np.linalg.solve(total, gap) + np.linalg.slogdet(2 * np.pi * total)[1])
+    return mean + gain @ gap, covariance - gain @ matrix @ covariance, float(log_evidence)
+
+
 def normal_log_prob(x: Any, mean: Any, variance: Any) -> np.ndarray:
     return -0.5 * (np.log(2 * np.pi * variance) + (np.asarray(x, dtype=np.float64) - mean) ** 2 / variance)
 
@@ -356,6 +406,16 @@ class BinaryChain:
     def bound(self) -> np.ndarray:
         """K of every word."""
         return -self.steps.sum(-1) - self.prior_kl
+
+
+def best_table(law: np.ndarray, base: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """P(x_{t-1, i} = 1 | x_t) for words of this law: the best factorised reverse steps, shape (T, 2^d, d)."""
+    chain = BinaryChain(base, beta, np.zeros((len(beta), len(law), len(base))), "network")
+    table = []
+    for t in range(1, len(beta) + 1):
+        joint = (law @ chain.marginal(t - 1))[:, None] * chain.forward(t)  # (x_{t-1}, x_t)
+        table.append((joint / joint.sum(0)).T @ words(len(base)))
+    return np.stack(table)
 
 
 # --- heartbeat -------------------------------------------------------------------------------------------------------
