@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 from numpyro.distributions.transforms import AffineTransform
 from scipy.special import logsumexp, softmax
 
 import pp_diffusion as ppd
+from benchmarks.reference import handwritten_smc
 
 CENTRES = 8.0 * np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
 
@@ -115,13 +118,18 @@ def _draw(rng: np.random.Generator, weights: np.ndarray, means: np.ndarray, num:
 def problem(d_x: int, d_y: int, seed: int) -> Problem:
     """Drawn with ``np.random.default_rng((d_x, d_y, seed))``."""
     rng = np.random.default_rng((d_x, d_y, seed))
-    weights = rng.standard_normal(len(CENTRES)) ** 2
-    weights /= weights.sum()
+    weights = draw_weights(rng)
     left, values, right = np.linalg.svd(rng.standard_normal((d_y, d_x)), full_matrices=False)
     values = rng.uniform(size=d_y)
     matrix, noise = left * values @ right, rng.uniform() * values.max()
     x = _draw(rng, weights, tiled(CENTRES, d_x), 1)[0]
     return Problem(weights, matrix, noise, matrix @ x + noise * rng.standard_normal(d_y))
+
+
+def draw_weights(rng: np.random.Generator) -> np.ndarray:
+    """Squares of normal draws, normalised."""
+    weights = rng.standard_normal(len(CENTRES)) ** 2
+    return weights / weights.sum()
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, num_projections: int = 10_000) -> float:
@@ -153,8 +161,9 @@ class MixtureNetwork(nn.Module):
     def __call__(self, x_t: Array, t: Array) -> tuple[Array, Array]:
         d_x = x_t.shape[-1]
         weights = self.param("weights", nn.initializers.constant(1 / len(CENTRES)), (len(CENTRES),))
-        loc, scale = moments(weights)
-        centres, within = (jnp.asarray(CENTRES, float) - loc).T / scale[:, None], scale**-2
+        centres = jnp.asarray(CENTRES, float)
+        loc, scale = moments(weights, centres)
+        centres, within = (centres - loc).T / scale[:, None], scale**-2
         repeat = jnp.asarray(tiled(np.eye(2), d_x), float)  # values for even and odd coordinates, to all of them
 
         step = self.schedule.rates().at(t - 1)
@@ -176,10 +185,10 @@ class MixtureNetwork(nn.Module):
         return mean, least + to_all(from_x_0**2 * kept * (within + kept * spread))
 
 
-def moments(weights: Array) -> tuple[Array, Array]:
+def moments(weights: Any, centres: Any = CENTRES) -> tuple[Any, Any]:
     """Mean and standard deviation of the mixture's even and odd coordinates."""
-    loc = weights @ CENTRES
-    return loc, (weights @ (CENTRES - loc) ** 2 + 1) ** 0.5
+    loc = weights @ centres
+    return loc, (weights @ (centres - loc) ** 2 + 1) ** 0.5
 
 
 def mixture_prior(
@@ -209,3 +218,20 @@ def split_schedule(d_x: int, num_timesteps: int) -> ppd.FixedSchedule:
     Before, a step of any length is exact; after, nothing is left to say.
     """
     return ppd.FixedSchedule.from_log_snr(np.linspace(6, -4, num_timesteps) - np.log(d_x / 2))
+
+
+def by_hand(
+    prior: ppd.DiffusionPrior, y: np.ndarray, matrix: np.ndarray, covariance: np.ndarray
+) -> tuple[handwritten_smc.Network, handwritten_smc.Chain, handwritten_smc.Measurement]:
+    """A prior of direct parameterization, without context, and y = matrix x + noise as the reference takes them."""
+    transform = prior.diffusion.transform
+    loc, scale = (0.0, 1.0) if transform is None else (np.asarray(transform.loc), np.asarray(transform.scale))
+    return (
+        Partial(_outputs, prior.process),
+        handwritten_smc.chain(np.asarray(prior.diffusion.schedule.log_snr(), dtype=np.float64)),
+        handwritten_smc.measurement(y, matrix, covariance, loc, scale),
+    )
+
+
+def _outputs(process: Any, x_t: Array, t: Array) -> tuple[Array, Array]:
+    return process.network(process.params, x_t, t, jnp.zeros(t.shape), None)
