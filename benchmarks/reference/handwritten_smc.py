@@ -90,7 +90,7 @@ def run(
     num_particles: int,
     *,
     ess_threshold: float = 0.5,
-    low_snr: float = -6.0,
+    low_snr: float = -12.0,
     floor: float = 1e-3,
 ) -> Result:
     """Particles of p(x_0 | y), and log p(y).
