@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 from numpyro.distributions.transforms import AffineTransform
 from scipy.special import logsumexp, softmax
 
 import pp_diffusion as ppd
+from benchmarks.reference import handwritten_smc
 
 CENTRES = 8.0 * np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3)])
 
@@ -114,13 +118,18 @@ def _draw(rng: np.random.Generator, weights: np.ndarray, means: np.ndarray, num:
 def problem(d_x: int, d_y: int, seed: int) -> Problem:
     """Drawn with ``np.random.default_rng((d_x, d_y, seed))``."""
     rng = np.random.default_rng((d_x, d_y, seed))
-    weights = rng.standard_normal(len(CENTRES)) ** 2
-    weights /= weights.sum()
+    weights = draw_weights(rng)
     left, values, right = np.linalg.svd(rng.standard_normal((d_y, d_x)), full_matrices=False)
     values = rng.uniform(size=d_y)
     matrix, noise = left * values @ right, rng.uniform() * values.max()
     x = _draw(rng, weights, tiled(CENTRES, d_x), 1)[0]
     return Problem(weights, matrix, noise, matrix @ x + noise * rng.standard_normal(d_y))
+
+
+def draw_weights(rng: np.random.Generator) -> np.ndarray:
+    """Squares of normal draws, normalised."""
+    weights = rng.standard_normal(len(CENTRES)) ** 2
+    return weights / weights.sum()
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, num_projections: int = 10_000) -> float:
@@ -139,43 +148,90 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
     return float(0.5 * np.abs(p - q).sum())
 
 
-def mixture_diffusion(
-    weights: np.ndarray, d_x: int, num_timesteps: int = 100, schedule: ppd.Schedule | None = None
-) -> ppd.Diffusion:
-    r"""The mixture as a diffusion of the best :math:`f_\mu` and diagonal :math:`f_\Sigma`: no training.
+class MixtureNetwork(nn.Module):
+    r"""The mixture's best :math:`f_\mu` and diagonal :math:`f_\Sigma`, where it has mean 0 and variance 1; no training.
 
-    The model's space has mean 0 and variance 1. What its reverse steps lose is that all pairs of coordinates move
-    together, which a diagonal variance cannot say.
+    What such reverse steps lose is that all pairs of coordinates move together, which a diagonal variance cannot say.
+    The weights of the modes are its parameter, so that programs for other weights need no new compilation.
+    """
+
+    schedule: ppd.Schedule
+
+    @nn.compact
+    def __call__(self, x_t: Array, t: Array) -> tuple[Array, Array]:
+        d_x = x_t.shape[-1]
+        weights = self.param("weights", nn.initializers.constant(1 / len(CENTRES)), (len(CENTRES),))
+        centres = jnp.asarray(CENTRES, float)
+        loc, scale = moments(weights, centres)
+        centres, within = (centres - loc).T / scale[:, None], scale**-2
+        repeat = jnp.asarray(tiled(np.eye(2), d_x), float)  # values for even and odd coordinates, to all of them
+
+        step = self.schedule.rates().at(t - 1)
+        signal, erased = jnp.sqrt(step.alpha_bar)[..., None], step.erased[..., None]
+        variance = signal**2 * within + erased  # of x_t in a mode
+        middle = jnp.matmul(x_t, repeat.T, precision="highest") / (d_x / 2)
+        distance = (middle[..., None] - signal[..., None] * centres) ** 2 / variance[..., None]
+        share = jax.nn.softmax(jnp.log(weights) - 0.25 * d_x * distance.sum(-2))[..., None, :]  # of the modes
+        centre = jnp.sum(share * centres, -1)
+        spread = jnp.sum(share * (centres - centre[..., None]) ** 2, -1)
+        kept = erased / variance  # of the mode's centre in E[x_0 | x_t, mode]
+
+        def to_all(pair: Array) -> Array:
+            return jnp.matmul(pair, repeat, precision="highest")
+
+        x_0 = to_all(kept * centre) + to_all(signal * within / variance) * x_t
+        mean, least = ppd.GaussianKernel((d_x,)).posterior_moments(x_t, x_0, step)
+        from_x_0 = (jnp.sqrt(step.previous_alpha_bar) * step.innovation)[..., None]
+        return mean, least + to_all(from_x_0**2 * kept * (within + kept * spread))
+
+
+def moments(weights: Any, centres: Any = CENTRES) -> tuple[Any, Any]:
+    """Mean and standard deviation of the mixture's even and odd coordinates."""
+    loc = weights @ centres
+    return loc, (weights @ (centres - loc) ** 2 + 1) ** 0.5
+
+
+def mixture_prior(
+    weights: np.ndarray, d_x: int, num_timesteps: int = 100, schedule: ppd.Schedule | None = None
+) -> ppd.DiffusionPrior:
+    """The mixture as a diffusion.
 
     :param weights: of the 25 modes.
-    :param schedule: :func:`spread_over_the_split` if ``None``.
+    :param schedule: :func:`split_schedule` if ``None``.
     """
-    schedule = schedule or spread_over_the_split(d_x, num_timesteps)
-    loc = weights @ CENTRES
-    scale = np.sqrt(weights @ (CENTRES - loc) ** 2 + 1)
-    centres, within = jnp.asarray((CENTRES - loc) / scale, float), jnp.asarray(scale**-2, float)
-    log_weights = jnp.asarray(np.log(weights), float)
-    kernel, rates = ppd.GaussianKernel((d_x,)), schedule.rates()
-
-    def network(x_t: Array, t: Array) -> tuple[Array, Array]:
-        step = rates.at(t - 1)
-        signal, erased = jnp.sqrt(step.alpha_bar)[..., None], step.erased[..., None]
-        variance = signal**2 * within + erased  # of x_t in a mode, for even and odd coordinates
-        pairs = x_t.reshape(*x_t.shape[:-1], -1, 2)
-        distance = (pairs.mean(-2)[..., None, :] - signal[..., None] * centres) ** 2 / variance[..., None, :]
-        share = jax.nn.softmax(log_weights - 0.25 * d_x * distance.sum(-1))  # of the modes
-        centre = share @ centres
-        spread = jnp.sum(share[..., None] * (centres - centre[..., None, :]) ** 2, -2)
-        kept = erased / variance  # of the mode's centre in E[x_0 | x_t, mode]
-        x_0 = kept[..., None, :] * centre[..., None, :] + (signal * within / variance)[..., None, :] * pairs
-        mean, least = kernel.posterior_moments(x_t, x_0.reshape(x_t.shape), step)
-        uncertainty = jnp.tile(kept * within + kept**2 * spread, d_x // 2)
-        return mean, least + (step.previous_alpha_bar * step.innovation**2)[..., None] * uncertainty
-
-    transform = AffineTransform(jnp.asarray(tiled(loc, d_x), float), jnp.asarray(tiled(scale, d_x), float))
-    return ppd.Diffusion(kernel, schedule, network, parameterization="direct", last_step="network", transform=transform)
+    schedule = schedule or split_schedule(d_x, num_timesteps)
+    diffusion = ppd.Diffusion(
+        ppd.GaussianKernel((d_x,)),
+        schedule,
+        MixtureNetwork(schedule),
+        parameterization="direct",
+        last_step="network",
+        transform=AffineTransform(*(jnp.asarray(tiled(part, d_x), float) for part in moments(weights))),
+    )
+    return diffusion.prior({diffusion.network_site: {"weights": jnp.asarray(weights, float)}})
 
 
-def spread_over_the_split(d_x: int, num_timesteps: int) -> ppd.FixedSchedule:
-    """placeholder"""
-    return ppd.FixedSchedule.from_log_snr(np.linspace(6, -5, num_timesteps) - np.log(d_x / 2))
+def split_schedule(d_x: int, num_timesteps: int) -> ppd.FixedSchedule:
+    """Log-SNR falling linearly while the modes run together.
+
+    All d_x / 2 pairs of coordinates say which mode it is, so that this happens at a log-SNR lower by log(d_x / 2).
+    Before, a step of any length is exact; after, nothing is left to say.
+    """
+    return ppd.FixedSchedule.from_log_snr(np.linspace(6, -4, num_timesteps) - np.log(d_x / 2))
+
+
+def by_hand(
+    prior: ppd.DiffusionPrior, y: np.ndarray, matrix: np.ndarray, covariance: np.ndarray
+) -> tuple[handwritten_smc.Network, handwritten_smc.Chain, handwritten_smc.Measurement]:
+    """A prior of direct parameterization, without context, and y = matrix x + noise as the reference takes them."""
+    transform = prior.diffusion.transform
+    loc, scale = (0.0, 1.0) if transform is None else (np.asarray(transform.loc), np.asarray(transform.scale))
+    return (
+        Partial(_outputs, prior.process),
+        handwritten_smc.chain(np.asarray(prior.diffusion.schedule.log_snr(), dtype=np.float64)),
+        handwritten_smc.measurement(y, matrix, covariance, loc, scale),
+    )
+
+
+def _outputs(process: Any, x_t: Array, t: Array) -> tuple[Array, Array]:
+    return process.network(process.params, x_t, t, jnp.zeros(t.shape), None)

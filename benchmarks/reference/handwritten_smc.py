@@ -44,7 +44,8 @@ class Twist(NamedTuple):
     mean: Array  # of x_{t-1}
     sd: Array
     residual: Array  # of y, whitened by its covariance given x_t, in directions that the proposal keeps apart
-    gain: Array  # B, of those and x_{t-1} / sd: B B' is diagonal
+    gain: Array  # of y, whitened, and x_{t-1} / sd
+    turn: Array  # turn' gain = B, of those directions: B B' is diagonal
     explained: Array  # that diagonal
     log_value: Array  # log psi_t(x_t)
 
@@ -80,7 +81,7 @@ def measurement(
     return Measurement(*(jnp.asarray(field, dtype=float) for field in fields))
 
 
-@partial(jax.jit, static_argnames=("network", "num_particles", "ess_threshold", "low_snr", "floor"))
+@partial(jax.jit, static_argnames=("num_particles", "ess_threshold", "low_snr", "floor"))
 def run(
     rng_key: Array,
     network: Network,
@@ -89,11 +90,12 @@ def run(
     num_particles: int,
     *,
     ess_threshold: float = 0.5,
-    low_snr: float = -6.0,
+    low_snr: float = -12.0,
     floor: float = 1e-3,
 ) -> Result:
     """Particles of p(x_0 | y), and log p(y).
 
+    :param network: a :class:`jax.tree_util.Partial` that holds its parameters.
     :param ess_threshold: resample below this share of the particles.
     :param low_snr: the log-SNR below which C is diagonal, from the network's variance.
     :param floor: the least variance of the proposal, as a share of the model's.
@@ -137,7 +139,7 @@ def _twist(network: Network, measured: Measurement, x: Array, step: Chain, *, lo
     covariance = jnp.where((step.log_snr < low_snr) | is_first, by_variance, by_jacobian)  # A C, (d_y, N, d_x)
 
     sd = jnp.sqrt(variance)
-    explained = jnp.einsum("ind,jd->nij", covariance, measured.matrix, precision="highest")
+    explained = jnp.einsum("ind,jd->inj", covariance, measured.matrix, precision="highest").swapaxes(0, 1)
     explained, turn = jnp.linalg.eigh(0.5 * (explained + explained.mT))
     spread = 1 + jnp.maximum(explained, 0)  # of y given x_t, in those directions
     whiten = turn.mT / jnp.sqrt(spread)[..., None]
@@ -147,16 +149,17 @@ def _twist(network: Network, measured: Measurement, x: Array, step: Chain, *, lo
     gain = jnp.einsum("nij,jnd->nid", whiten, step.from_x_0 * covariance / sd, precision="highest")
     explained, turn = jnp.linalg.eigh(jnp.einsum("nid,njd->nij", gain, gain, precision="highest"))
     kept = jnp.clip(explained, 0, 1 - jnp.where(is_first, 1e-6, floor))  # the last step is exact without
-    scale = jnp.sqrt(kept / jnp.maximum(explained, 1e-30))
-    gain = jnp.einsum("nji,njd->nid", turn * scale[:, None], gain, precision="highest")
-    return Twist(mean, sd, jnp.einsum("nji,nj->ni", turn, residual), gain, kept, log_value)
+    pull = jnp.einsum("nij,ni->nj", turn, residual)
+    turn = turn * jnp.sqrt(kept / jnp.maximum(explained, 1e-30))[:, None]
+    return Twist(mean, sd, pull, gain, turn, kept, log_value)
 
 
 def _propose(rng_key: Array, now: Twist) -> tuple[Array, Array]:
     """x_{t-1} given x_t and y, and log p(x_{t-1} | x_t) less the log density that it was drawn from."""
     noise = jax.random.normal(rng_key, now.mean.shape)
     left = 1 - now.explained
-    pull = now.residual - jnp.einsum("nid,nd->ni", now.gain, noise) / (1 + jnp.sqrt(left))
+    explained = jnp.einsum("nij,ni->nj", now.turn, jnp.einsum("nid,nd->ni", now.gain, noise))
+    pull = jnp.einsum("nij,nj->ni", now.turn, now.residual - explained / (1 + jnp.sqrt(left)))
     moved = noise + jnp.einsum("nid,ni->nd", now.gain, pull)
     log_ratio = 0.5 * (jnp.sum((noise - moved) * (noise + moved), -1) + jnp.sum(jnp.log(left), -1))
     return now.mean + now.sd * moved, log_ratio
