@@ -30,6 +30,7 @@ from pp_diffusion.schedules import FixedSchedule as FixedSchedule
 from pp_diffusion.schedules import LearnedSchedule as LearnedSchedule
 from pp_diffusion.schedules import Rates as Rates
 from pp_diffusion.schedules import Schedule as Schedule
+from pp_diffusion.smc import SMC as SMC
 from pp_diffusion.trajectories import ForwardTrajectory as ForwardTrajectory
 from pp_diffusion.trajectories import PosteriorTrajectory as PosteriorTrajectory
 from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory

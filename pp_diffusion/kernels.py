@@ -124,6 +124,18 @@ class Kernel(Frozen):
         x_1 = self.as_state(self.marginal(x_0, rates.log_snr).sample(rng_key))
         return self.transition(x_1, rates.beta).log_prob(x_0)
 
+    def x_0_given(self, x_t: Array, reverse: dist.Distribution, rates: Rates) -> dist.Distribution:
+        r"""What :math:`p(x_{t-1} \mid x_t)` says of :math:`x_0`, entry by entry, whatever the network's outputs are.
+
+        The distribution of :math:`x_0` for which :math:`\int q(x_{t-1} \mid x_t, x_0)\, p(x_0 \mid x_t)\, dx_0` has
+        the moments of ``reverse``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define x_0_given")
+
+    def reverse_given(self, x_t: Array, x_0: dist.Distribution, rates: Rates) -> dist.Distribution:
+        """The reverse step in which :math:`x_0` has this distribution: the inverse of :meth:`x_0_given`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define reverse_given")
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         """The entropy of one of the kernel's distributions, in nats, of batch shape."""
         return distribution.entropy()
@@ -223,6 +235,17 @@ class GaussianKernel(Kernel):
         alpha_bar = jax.nn.sigmoid(log_snr)
         return self.sum_events(0.5 * (alpha_bar * (x_0**2 - 1) - jnp.log1p(-jnp.minimum(alpha_bar, _ALMOST_ONE))))
 
+    def x_0_given(self, x_t: Array, reverse: dist.Distribution, rates: Rates) -> dist.Distribution:
+        slope = self.over_events(jnp.sqrt(rates.previous_alpha_bar) * rates.innovation)
+        without, variance = self.posterior_moments(x_t, jnp.zeros_like(x_t), rates)
+        step = _base(reverse)
+        return self.normal((step.loc - without) / slope, jnp.maximum(step.scale**2 - variance, 0.0) / slope**2)
+
+    def reverse_given(self, x_t: Array, x_0: dist.Distribution, rates: Rates) -> dist.Distribution:
+        slope = self.over_events(jnp.sqrt(rates.previous_alpha_bar) * rates.innovation)
+        mean, variance = self.posterior_moments(x_t, _base(x_0).loc, rates)
+        return self.normal(mean, variance + slope**2 * _base(x_0).scale ** 2)
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         scale = _base(distribution).scale
         return self.sum_events(jnp.log(jnp.broadcast_to(scale, distribution.shape())) + 0.5 * _LOG_2_PI_E)
@@ -316,6 +339,15 @@ class BinomialKernel(Kernel):
         one = jax.nn.sigmoid(q) * (jax.nn.log_sigmoid(q) - jax.nn.log_sigmoid(p))
         zero = jax.nn.sigmoid(-q) * (jax.nn.log_sigmoid(-q) - jax.nn.log_sigmoid(-p))
         return self.sum_events(one + zero)
+
+    def x_0_given(self, x_t: Array, reverse: dist.Distribution, rates: Rates) -> dist.Distribution:
+        one, zero = (jax.nn.sigmoid(self.posterior_logits(x_t, x, rates)) for x in (jnp.ones(()), jnp.zeros(())))
+        probs = (jax.nn.sigmoid(_base(reverse).logits) - zero) / (one - zero)
+        probs = jnp.clip(probs, jnp.finfo(probs.dtype).tiny, 1 - jnp.finfo(probs.dtype).eps)
+        return self.bernoulli(jnp.log(probs) - jnp.log1p(-probs))
+
+    def reverse_given(self, x_t: Array, x_0: dist.Distribution, rates: Rates) -> dist.Distribution:
+        return BINOMIAL["x0"].reverse(self, x_t, rates, _base(x_0).logits)
 
     def entropy(self, distribution: dist.Distribution) -> Array:
         return self.sum_events(_bit_entropy(jnp.broadcast_to(_base(distribution).logits, distribution.shape())))

@@ -1,0 +1,766 @@
+r"""What a NumPyro model says about x below its line ``x = numpyro.sample("x", prior)``: the paper's r(x).
+
+The model is read by handlers: x and the other latent sites are put in, the densities of the observed sites come out,
+whole or in the parts that a twist can use. Arrays of particles have shape ``(P, S, …)``: P particles of each of S
+independent systems (chains, and within each the elements of a plate that holds all there is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
+
+from pp_diffusion._frozen import Frozen
+from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.reverse import ReverseProcess
+
+#: What a twist can make of an observed site.
+NORMAL, MULTIVARIATE, EXACT, MOMENTS = "normal", "multivariate normal", "exact", "moments"
+OTHER, FACTOR = "other", "factor"
+Latents = dict[str, Array]
+
+
+class Layout(NamedTuple):
+    """Where the independent systems lie in a site's value, and back.
+
+    :ivar axes: the systems' axes, counted from the right of the batch shape (negative).
+    :ivar batch_ndim: of the site.
+    """
+
+    axes: tuple[int, ...]
+    batch_ndim: int
+
+    def split(self, value: Array) -> Array:
+        """``(*batch, *rest)`` to ``(S, *other batch axes, *rest)``."""
+        value = jnp.moveaxis(value, [self.batch_ndim + axis for axis in self.axes], range(len(self.axes)))
+        return value.reshape(-1, *value.shape[len(self.axes) :])
+
+    def join(self, value: Array, sizes: tuple[int, ...]) -> Array:
+        """The inverse of :meth:`split`, for systems in an array of shape ``sizes``."""
+        value = value.reshape(*sizes, *value.shape[1:])
+        return jnp.moveaxis(value, range(len(self.axes)), [self.batch_ndim + axis for axis in self.axes])
+
+
+class Site(NamedTuple):
+    """A site of the model: what is fixed of it."""
+
+    name: str
+    kind: str
+    layout: Layout
+
+
+class Reading(NamedTuple):
+    r"""A model's densities at given x and latents; arrays of shape ``(P, S, …)``, nats.
+
+    The observations that are normal, or can be taken for it, are :math:`y = h(x) + \text{noise}`, k numbers in all.
+
+    :ivar log_r: log r(x), the log density of everything observed (exact observations apart).
+    :ivar log_other: the part of it without a normal form.
+    :ivar log_prior: the other latents' log density, in unconstrained space.
+    :ivar residual: y − h(x), shape ``(…, k)``; zero where masked.
+    :ivar noise: the noise's covariance, shape ``(…, k, k)``.
+    :ivar correction: log r less the normal density of the residuals, where they are normal (masks, scales).
+    :ivar discrepancy: the same per residual, where a density was taken for a normal one.
+    :ivar elements: log r per number observed, where all sites' densities come so.
+    """
+
+    log_r: Array
+    log_other: Array
+    log_prior: Array
+    residual: Array
+    noise: Array
+    correction: Array
+    discrepancy: Array
+    elements: Array
+
+
+class Exact(NamedTuple):
+    """Coordinates of x that are observed without noise, in the model's space.
+
+    :ivar index: of the coordinates in a system's x, flattened; shape ``(S, n)``.
+    :ivar value: theirs.
+    :ivar counts: False where masked.
+    :ivar log_det: log |dx/dz| summed over them; shape ``(S,)``.
+    """
+
+    index: Array
+    value: Array
+    counts: Array
+    log_det: Array
+
+
+class _NormalPart(NamedTuple):
+    residual: Array
+    noise: Array
+    correction: Array
+    discrepancy: Array
+
+
+class Factors(Frozen):
+    """The likelihood factors of a model with one :class:`DiffusionPrior` site, and its other latents.
+
+    Made by :func:`read_model`. A pytree: the prior's arrays and the model's array arguments are leaves, so that a new
+    y needs no new compilation.
+
+    :ivar name: the prior's site.
+    :ivar prior: the prior found there.
+    :ivar latents: the other latent sites.
+    :ivar observed: the sites that make up r.
+    :ivar systems: the shape of the plates whose elements are independent systems; ``()`` is one system.
+    :ivar dropped: latent sites that no observation depends on, left to ``Predictive``.
+    """
+
+    data_fields = ("prior", "arrays", "known", "owner")
+
+    prior: DiffusionPrior
+    latents: tuple[Site, ...]
+    observed: tuple[Site, ...]
+    systems: tuple[int, ...]
+    arrays: tuple[Any, ...]
+    _layout: Layout
+    _model: Callable
+    _structure: Any
+    _static: tuple[Any, ...]
+    state_shape: tuple[int, ...]
+    name: str
+    dropped: tuple[str, ...]
+    is_discrete: bool
+    owner: Array | None
+    known: dict[str, Array]
+
+    @property
+    def num_systems(self) -> int:
+        return math.prod(self.systems)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether coordinates of x are observed without noise."""
+        return any(site.kind == EXACT for site in self.observed)
+
+    @property
+    def model(self) -> Callable:
+        """The user's model."""
+        return self._model
+
+    def observed_values(self) -> dict[str, Array]:
+        """The observed sites' values, factors apart."""
+        trace, _ = self.trace(self._zeros(), {})
+        return {site.name: trace[site.name]["value"] for site in self.observed if site.kind != FACTOR}
+
+    def replace(self, **changes: Any) -> Factors:
+        """With some attributes changed."""
+        new = object.__new__(Factors)
+        new._set(**{**self.__dict__, **changes})
+        return new
+
+    def in_data_units(self, z: Array) -> Array:
+        """States of the model's space in data units."""
+        transform = self.prior.diffusion.transform
+        return z if transform is None else transform(z)
+
+    def to_site(self, x: Array) -> Array:
+        """Systems ``(S, …)`` of one particle as the value of the prior's site."""
+        return self._layout.join(x, self.systems)
+
+    def trace(self, x: Array, latents: Latents, *, rng_key: Any = 0, constrained: bool = False) -> tuple[dict, _Fill]:
+        """The model's trace with x (the site's shape, data units) and latents put in; others are drawn."""
+        leaves, arrays = [], iter(self.arrays)
+        for leaf in self._static:
+            leaves.append(next(arrays) if leaf is None else leaf.value)
+        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        fill = _Fill(self._model, x, latents, constrained)
+        return handlers.trace(handlers.seed(fill, rng_key)).get_trace(*args, **kwargs), fill
+
+    def process(self, num_chains: int) -> ReverseProcess:
+        """The reverse process of states ``(P, S, *state_shape)``."""
+        prior = self.prior
+        ndim, shape = self._layout.batch_ndim, self.to_site(jnp.zeros((self.num_systems, *self.state_shape))).shape
+
+        def per_system(context: Array) -> Array:
+            rest = jnp.shape(context)[prior.context_batch_ndim :]
+            context = self._layout.split(jnp.broadcast_to(context, shape[:ndim] + rest))
+            return jnp.tile(context, (num_chains,) + (1,) * (context.ndim - 1))
+
+        return prior.diffusion.reverse_process(
+            prior.params,
+            context=jax.tree.map(per_system, prior.context),
+            context_batch_ndim=ndim - len(self.systems) + 1,
+            num_timesteps=prior.num_timesteps,
+        )
+
+    def draw_latents(self, rng_key: Array, shape: tuple[int, int]) -> Latents:
+        """The other latents from their prior, in unconstrained space, shape ``(P, S, …)`` for ``shape = (P, C)``."""
+        x = self._zeros()
+
+        def draw(key: Array) -> Latents:
+            trace, _ = self.trace(x, {}, rng_key=key)
+            values = {}
+            for site in self.latents:
+                message = trace[site.name]
+                value = _unconstrain(message["fn"], message["value"])
+                values[site.name] = site.layout.split(value)
+            return values
+
+        draws = jax.vmap(jax.vmap(draw))(jax.random.split(rng_key, shape))
+        return jax.tree.map(_merge_chains, draws)
+
+    def redraw_discrete(self, rng_key: Array, latents: Latents) -> tuple[Latents, Array]:
+        """The discrete latents drawn anew from their prior, and the log ratio of the proposal's probabilities, back
+        over there."""
+        systems = self.num_systems
+
+        def redraw(key: Array, u: Latents) -> tuple[Latents, Array]:
+            joined, x = self._join(u), self._zeros()
+            old, _ = self.trace(x, joined)
+            discrete = [site for site in self.latents if old[site.name]["fn"].support.is_discrete]
+            kept = {n: v for n, v in joined.items() if n not in {site.name for site in discrete}}
+            new, _ = self.trace(x, kept, rng_key=key)
+            ratio = jnp.zeros(systems)
+            for site in discrete:
+                for trace, sign in ((old, 1), (new, -1)):
+                    log_prob = _scaled(trace[site.name], _log_prob(trace[site.name]))
+                    ratio += sign * site.layout.split(log_prob).reshape(systems, -1).sum(-1)
+            return u | {site.name: site.layout.split(new[site.name]["value"]) for site in discrete}, ratio
+
+        count = next(iter(latents.values())).shape
+        keys = jax.random.split(rng_key, (count[0], count[1] // systems))
+        latents, ratio = jax.vmap(jax.vmap(redraw))(keys, self._by_chain(latents))
+        return jax.tree.map(_merge_chains, (latents, ratio))
+
+    def constrain(self, z: Array, latents: Latents) -> Latents:
+        """All latents as the user knows them, each of the site's shape with ``(P, C)`` in front; x among them."""
+
+        def values(z: Array, u: Latents) -> Latents:
+            x = self.to_site(self.in_data_units(z))
+            trace, _ = self.trace(x, self._join(u))
+            return {self.name: x} | {site.name: trace[site.name]["value"] for site in self.latents}
+
+        return jax.vmap(jax.vmap(values))(*self._by_chain((z, latents)))
+
+    def read(self, z: Array, latents: Latents) -> Reading:
+        """The model's densities at states of the model's space, shape ``(P, S, *state_shape)``."""
+        reading = jax.vmap(jax.vmap(self._read_one))(*self._by_chain((z, latents)))
+        return jax.tree.map(_merge_chains, reading)
+
+    def _by_chain(self, arrays: Any) -> Any:
+        def split(a: Array) -> Array:
+            return a.reshape(a.shape[0], -1, self.num_systems, *a.shape[2:])
+
+        return jax.tree.map(split, arrays)
+
+    def _join(self, latents: Latents) -> Latents:
+        return {site.name: site.layout.join(latents[site.name], self.systems) for site in self.latents}
+
+    def _zeros(self) -> Array:
+        shape = (self.num_systems, *self.state_shape)
+        return self.to_site(self.in_data_units(jnp.zeros(shape)))
+
+    def _read_one(self, z: Array, latents: Latents) -> Reading:
+        trace, fill = self.trace(self.to_site(self.in_data_units(z)), self._join(latents))
+        systems, dtype = self.num_systems, z.dtype
+        zero = jnp.zeros(systems, dtype)
+
+        def total(site: Site, log_prob: Array) -> Array:
+            return site.layout.split(log_prob).reshape(systems, -1).sum(-1)
+
+        log_prior = zero
+        for site in self.latents:
+            message = trace[site.name]
+            log_prior += total(site, _scaled(message, _log_prob(message)) + fill.log_det.get(site.name, 0.0))
+        log_r, log_other, correction = zero, zero, zero
+        residuals, noises, discrepancies, elements = [], [], [], []
+        for site in self.observed:
+            message = trace[site.name]
+            if site.kind == EXACT and not self.is_discrete:
+                continue
+            log_prob = total(site, _scaled(message, _log_prob(message)))
+            log_r += log_prob
+            log_other += log_prob if site.kind in (OTHER, FACTOR) else 0.0
+            if self.owner is not None:
+                elements.append(site.layout.split(_log_prob_elements(message)).reshape(systems, -1))
+            if site.kind in (NORMAL, MULTIVARIATE, MOMENTS):
+                part = _normal_part(site, message, systems)
+                residuals.append(part.residual)
+                noises.append(part.noise)
+                correction += part.correction
+                discrepancies.append(part.discrepancy)
+        empty = jnp.zeros((systems, 0), dtype)
+        return Reading(
+            log_r.astype(dtype),
+            log_other.astype(dtype),
+            log_prior.astype(dtype),
+            jnp.concatenate([empty, *residuals], -1).astype(dtype),
+            _block_diagonal(noises, systems).astype(dtype),
+            correction.astype(dtype),
+            jnp.concatenate([empty, *discrepancies], -1).astype(dtype),
+            jnp.concatenate([empty, *elements], -1),
+        )
+
+    def exact(self) -> Exact:
+        """What is observed of a continuous x without noise, for the systems of one chain."""
+        systems, size = self.num_systems, math.prod(self.state_shape)
+        trace, _ = self.trace(self._zeros(), {})
+        indices, values, counts = [jnp.zeros((systems, 0), int)], [jnp.zeros((systems, 0))], [jnp.zeros((systems, 0))]
+        for site in self.observed:
+            if site.kind == EXACT:
+                message = trace[site.name]
+                indices.append(self.known[site.name])
+                weights = jnp.broadcast_to(_weights(message), jnp.shape(message["value"]))
+                for found, a in ((values, jnp.asarray(message["value"], float)), (counts, weights)):
+                    found.append(site.layout.split(a).reshape(systems, -1))
+        index, y, counts = (jnp.concatenate(part, -1) for part in (indices, values, counts))
+        counts = counts > 0
+        x = self._layout.split(self._zeros()).reshape(systems, size)
+        target = jnp.where(counts, index, size)  # what does not count is written nowhere
+        x = jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, target, y)
+        transform = self.prior.diffusion.transform
+        if transform is None:
+            return Exact(index, jnp.take_along_axis(x, index, -1), counts, jnp.zeros(systems))
+        x = x.reshape(systems, *self.state_shape)
+        z = transform.inv(x)
+        log_det = transform.log_abs_det_jacobian(z, x).reshape(systems, size)
+        log_det = jnp.where(counts, jnp.take_along_axis(log_det, index, -1), 0.0).sum(-1)
+        return Exact(index, jnp.take_along_axis(z.reshape(systems, size), index, -1), counts, log_det)
+
+
+def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
+    """Reads a model's prior site, its other latents and its observations, and refuses what SMC cannot do exactly.
+
+    :param model: a NumPyro model with one site ``numpyro.sample(name, prior)``.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :raises ValueError: naming the site: no prior site or two; one that is observed, masked, scaled or under
+        ``obs_mask``; a subsampled plate; a latent that enters the prior's context, or depends on x; an exact
+        observation that is not a selection of coordinates.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    for constant in ("", "biu", "biufcV"):  # which kinds of arrays a program has to know: as few as can be
+        static, arrays = _partition(leaves, constant)
+        draft = object.__new__(Factors)
+        draft._set(_model=model, _structure=structure, _static=static, arrays=arrays)
+        try:
+            jax.eval_shape(lambda a, draft=draft: [draft.replace(arrays=a).trace(None, {}), None][1], arrays)
+        except jax.errors.JAXTypeError:  # the model needs an array's values, for a shape or a condition
+            if constant == "biufcV":
+                raise
+        else:
+            break
+    return _describe(draft)
+
+
+def _describe(draft: Factors) -> Factors:
+    trace, _ = draft.trace(None, {})
+    message = _prior_site(trace)
+    base = _unwrap(message["fn"]).base
+    name, kernel = message["name"], base.diffusion.kernel
+    found = {n: m for n, m in trace.items() if m["type"] == "sample" and n != name}
+    latents = {n: m for n, m in found.items() if not m["is_observed"]}
+    depends = _dependencies(draft, trace, name, latents)
+    if depends[name]:
+        raise ValueError(
+            f"site {name!r}: its prior depends on the latent site {_names(depends[name])} (through context, say), and "
+            "the path's density with it; use NUTS with pp_diffusion.TrajectoryReparam, which handles that"
+        )
+    dropped = tuple(n for n in latents if name in depends[n])
+    observed = {n: m for n, m in found.items() if m["is_observed"] and depends[n]}
+    for site in observed:
+        if wrong := depends[site] & set(dropped):
+            raise ValueError(
+                f"latent site {_names(wrong)} depends on {name!r}, and the observed site {site!r} on it: write it "
+                "non-centred, so that its own distribution does not depend on x (numpyro.infer.reparam.LocScaleReparam"
+                "(0), say), or sum it out"
+            )
+    if not any(name in depends[n] for n in observed):
+        raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
+    kept = {n: m for n, m in latents.items() if n not in dropped}
+    shared = [f for f in message["cond_indep_stack"] if all(_has(m, f) for m in (*kept.values(), *observed.values()))]
+    for systems in (shared, []):
+        draft = _with_layout(draft, message, systems)
+        sites = {n: _layout(m, systems) for n, m in {**kept, **observed}.items()}
+        draft = draft.replace(
+            name=name,
+            prior=base,
+            latents=tuple(Site(n, "latent", sites[n]) for n in kept),
+            observed=tuple(Site(n, _kind(m, kernel.is_discrete), sites[n]) for n, m in observed.items()),
+            dropped=dropped,
+            known={},
+            owner=None,
+            is_discrete=kernel.is_discrete,
+        )
+        if not systems or _are_independent(draft):
+            break
+    if kernel.is_discrete:
+        return draft.replace(owner=_owners(draft))
+    return draft.replace(
+        known={site.name: _selected(draft, site, trace) for site in draft.observed if site.kind == EXACT}
+    )
+
+
+def _prior_site(trace: Mapping[str, Any]) -> Any:
+    """The one site with a diffusion prior, as it must be."""
+    for name, message in trace.items():
+        if message["type"] == "plate" and message["value"].shape[0] != message["args"][0]:
+            raise ValueError(f"plate {name!r} is subsampled: SMC needs the whole likelihood, without subsample_size")
+    priors = [
+        message
+        for message in trace.values()
+        if message["type"] == "sample" and isinstance(_unwrap(message["fn"]).base, DiffusionPrior)
+    ]
+    names = [message["name"] for message in priors]
+    if not priors:
+        raise ValueError("model must have a site numpyro.sample(name, prior) with a DiffusionPrior; it has none")
+    for name in names:
+        stem = name.removesuffix("_observed")
+        if stem != name and f"{stem}_unobserved" in names:
+            raise ValueError(
+                f"site {stem!r}: obs_mask on a DiffusionPrior masks whole data, not coordinates. Observe coordinates "
+                f"by a site below it: numpyro.sample('y', dist.Delta({stem}[known], event_dim=1), obs=y)"
+            )
+    if len(priors) > 1:
+        raise ValueError(f"model must have one site with a DiffusionPrior; it has {len(priors)}: {_names(names)}")
+    (message,) = priors
+    name = message["name"]
+    if message["is_observed"]:
+        raise ValueError(f"site {name!r} with the DiffusionPrior is observed; there is nothing to infer about x")
+    if _unwrap(message["fn"]).mask is not None:
+        raise ValueError(f"site {name!r} with the DiffusionPrior is masked; a masked prior is no density")
+    if message["scale"] is not None:
+        raise ValueError(f"site {name!r} with the DiffusionPrior is scaled; SMC has no power of a path's density")
+    return message
+
+
+def _dependencies(
+    draft: Factors, trace: Mapping[str, Any], name: str, latents: Mapping[str, Any]
+) -> dict[str, frozenset[str]]:
+    """Per sample site, which latents and whether x enters its density."""
+
+    def densities(**values: Array) -> dict[str, Any]:
+        x = values.pop(name)
+        again, _ = draft.trace(x, values, constrained=True)
+        return {
+            n: jax.tree.leaves(m["fn"]) if n == name else _log_prob(m)
+            for n, m in again.items()
+            if m["type"] == "sample"
+        }
+
+    values = {n: trace[n]["value"] for n in (name, *latents)}
+    with jax.ensure_compile_time_eval():
+        found = eval_provenance(densities, **values)
+    is_set = {"is_leaf": lambda leaf: isinstance(leaf, frozenset)}
+    return {n: frozenset().union(*jax.tree.leaves(f, **is_set)) - {n} for n, f in found.items()}
+
+
+def _kind(message: Any, is_discrete: bool) -> str:
+    base, _, _ = _unwrap(message["fn"])
+    if isinstance(base, dist.Normal):
+        return NORMAL
+    if isinstance(base, dist.MultivariateNormal):
+        return MULTIVARIATE
+    if isinstance(base, dist.Delta):
+        return EXACT
+    if isinstance(base, dist.Unit):
+        return FACTOR
+    if base.event_dim:
+        return OTHER
+    try:
+        usable = np.isfinite(base.mean).all() and np.isfinite(base.variance).all() and np.all(base.variance > 0)
+    except NotImplementedError:
+        usable = False
+    return MOMENTS if usable else OTHER
+
+
+def _has(message: Any, frame: Any) -> bool:
+    return any(f.name == frame.name for f in message["cond_indep_stack"])
+
+
+def _layout(message: Any, frames: list[Any]) -> Layout:
+    return Layout(tuple(frame.dim for frame in frames), len(message["fn"].batch_shape))
+
+
+def _with_layout(draft: Factors, message: Any, frames: list[Any]) -> Factors:
+    fn = message["fn"]
+    event_ndim = _unwrap(fn).base.event_dim
+    inner = fn.event_dim - event_ndim  # to_event's axes are part of one system's x
+    layout = Layout(tuple(frame.dim - inner for frame in frames), len(fn.shape()) - event_ndim)
+    systems = tuple(frame.size for frame in frames)
+    state_shape = layout.split(np.zeros(fn.shape())).shape[1:]
+    return draft.replace(_layout=layout, systems=systems, state_shape=state_shape)
+
+
+def _are_independent(draft: Factors) -> bool:
+    """Whether x of the first system leaves the others' r alone, as the plate says it does."""
+    if draft.num_systems == 1:
+        return True
+    latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
+    kernel = draft.prior.diffusion.kernel
+    z = kernel.as_state(kernel.stationary().sample(jax.random.key(1), (2, draft.num_systems)))
+    z = jnp.broadcast_to(
+        z.reshape(2, draft.num_systems, -1)[..., :1], (2, draft.num_systems, math.prod(draft.state_shape))
+    )
+    z = z.reshape(2, draft.num_systems, *draft.state_shape)
+    changed = z[0].at[0].set(z[1, 0] if not draft.is_discrete else 1 - z[0, 0])
+    first, second = (draft._read_one(state, latents).log_r[1:] for state in (z[0], changed))
+    return bool(np.array_equal(first, second, equal_nan=True))
+
+
+def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
+    """Which coordinates of x an exact observation shows, as positions in each system's flattened x."""
+    size = draft.num_systems * math.prod(draft.state_shape)
+    positions = np.arange(size, dtype=np.float32)
+    shape = jnp.shape(trace[draft.name]["value"])
+    permutation = np.random.default_rng(0).permutation(positions)
+
+    def shown(values: np.ndarray) -> np.ndarray:
+        x = jnp.asarray(values.reshape(shape))
+        again, _ = draft.trace(x, {})
+        message = again[site.name]
+        return np.asarray(jnp.broadcast_to(_unwrap(message["fn"]).base.v, jnp.shape(message["value"])), np.float64)
+
+    index = shown(positions)
+    inside = (index == np.round(index)) & (index >= 0) & (index < size)
+    if size > 2**24 or not inside.all() or not np.array_equal(shown(permutation), permutation[index.astype(int)]):
+        raise ValueError(
+            f"site {site.name!r}: an exact observation (Delta) must be a selection of the coordinates of "
+            f"{draft.name!r}, such as x[..., known]; for other functions of x use a Normal with a small scale"
+        )
+    transform = draft.prior.diffusion.transform
+    if transform is not None and (transform.domain.event_dim or transform.codomain.event_dim):
+        raise ValueError(
+            f"site {site.name!r}: an exact observation needs a transform that acts on each coordinate alone; "
+            f"{type(transform).__name__} does not"
+        )
+    value, weight = trace[site.name]["value"], np.asarray(_weights(trace[site.name]))
+    outside = ~np.asarray(_base_constraint(draft.prior.support)(value)) & np.broadcast_to(weight > 0, jnp.shape(value))
+    if outside.any():
+        raise ValueError(
+            f"site {site.name!r}: observed values must be in the support of {draft.name!r}; "
+            f"{np.asarray(value)[outside].flat[0]} is not"
+        )
+    where = draft._layout.split(positions.reshape(shape)).reshape(draft.num_systems, -1).astype(int)
+    place = np.empty(size, int)  # from a position in x to one in its system
+    place[where.ravel()] = np.tile(np.arange(where.shape[1]), draft.num_systems)
+    index = np.asarray(site.layout.split(index)).reshape(draft.num_systems, -1).astype(int)
+    for row in place[index]:
+        if len(set(row)) < len(row):
+            raise ValueError(f"site {site.name!r} observes a coordinate of {draft.name!r} twice")
+    return jnp.asarray(place[index])
+
+
+def _base_constraint(constraint: Any) -> Any:
+    while isinstance(constraint, dist.constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _owners(draft: Factors) -> Array | None:
+    """Which bit of x each observed number depends on, where none depends on two: shape ``(S, k)``; the number of bits
+    where it depends on none. ``None`` where r does not factorise so."""
+    if any(site.kind in (MULTIVARIATE, OTHER, FACTOR) for site in draft.observed):
+        return None
+    draft = draft.replace(owner=jnp.zeros(()))  # so that the elements are read
+    latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
+    size, systems = math.prod(draft.state_shape), draft.num_systems
+
+    @jax.jit
+    def depends_on(key: Array) -> Array:
+        def elements(z: Array) -> Array:
+            return draft._read_one(z.reshape(systems, *draft.state_shape), latents).elements
+
+        bits = jax.random.bernoulli(key, 0.5, (systems, size)).astype(float)
+        before = elements(bits)
+        return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
+
+    depends = depends_on(jax.random.key(0)) | depends_on(jax.random.key(1))
+    count = depends.sum(0)
+    if (count > 1).any():
+        return None
+    return jnp.where(count == 0, size, jnp.argmax(depends, 0))
+
+
+def _names(names: Any) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _partition(leaves: list[Any], constant: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    static: list[Any] = []
+    arrays: list[Any] = []
+    for leaf in leaves:
+        is_array = isinstance(leaf, (jax.Array, np.ndarray))
+        if is_array and leaf.dtype.kind not in constant:
+            static.append(None)
+            arrays.append(leaf)
+        else:
+            static.append(_Constant(np.asarray(leaf) if is_array else leaf))
+    return tuple(static), tuple(arrays)
+
+
+class _Constant:
+    """An argument that a compiled program may depend on, with equality by value (by identity where it has none)."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        if isinstance(value, np.ndarray):
+            self.key: Any = (value.shape, value.dtype.str, value.tobytes())
+        else:
+            try:
+                hash(value)
+                self.key = (type(value), value)
+            except TypeError:
+                self.key = id(value)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and self.key == other.key
+
+
+class _Fill(Messenger):
+    """Puts x at the prior's site and values at the latent sites: unconstrained ones, unless ``constrained``."""
+
+    def __init__(self, fn: Callable, x: Array | None, latents: Latents, constrained: bool = False) -> None:
+        self.x, self.latents, self.constrained = x, latents, constrained
+        self.log_det: dict[str, Array] = {}
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None:
+            return
+        if isinstance(_unwrap(msg["fn"]).base, DiffusionPrior):
+            msg["value"] = _feasible(msg["fn"]) if self.x is None else self.x
+        elif msg["name"] in self.latents:
+            value, fn = self.latents[msg["name"]], msg["fn"]
+            if not (self.constrained or fn.support.is_discrete):
+                transform = dist.biject_to(fn.support)
+                unconstrained, value = value, transform(value)
+                log_det = transform.log_abs_det_jacobian(unconstrained, value)
+                extra = jnp.ndim(log_det) - len(fn.batch_shape)
+                self.log_det[msg["name"]] = log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
+            msg["value"] = value
+
+
+def _unconstrain(fn: dist.Distribution, value: Array) -> Array:
+    return value if fn.support.is_discrete else dist.biject_to(fn.support).inv(value)
+
+
+def _feasible(fn: dist.Distribution) -> Array:
+    diffusion = _unwrap(fn).base.diffusion
+    z = diffusion.kernel.as_state(jnp.zeros(fn.shape()))
+    return z if diffusion.transform is None else diffusion.transform(z)
+
+
+class _Unwrapped(NamedTuple):
+    base: dist.Distribution
+    event_ndim: int  # batch axes of the base that are event axes of the whole
+    mask: Any  # broadcasts against the base's batch shape; None
+
+
+def _unwrap(fn: dist.Distribution) -> _Unwrapped:
+    event_ndim, mask = 0, None
+    while True:
+        if isinstance(fn, dist.Independent):
+            deeper = fn.reinterpreted_batch_ndims
+            event_ndim += deeper
+            mask = None if mask is None else jnp.reshape(mask, jnp.shape(mask) + (1,) * deeper)
+        elif isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask if mask is None else jnp.logical_and(mask, fn._mask)
+        elif not isinstance(fn, dist.ExpandedDistribution):
+            return _Unwrapped(fn, event_ndim, mask)
+        fn = fn.base_dist
+
+
+def _log_prob(message: Any) -> Array:
+    if message["intermediates"]:
+        return message["fn"].log_prob(message["value"], message["intermediates"])
+    return message["fn"].log_prob(message["value"])
+
+
+def _scaled(message: Any, log_prob: Array) -> Array:
+    shape = jnp.broadcast_shapes(jnp.shape(log_prob), message["fn"].batch_shape)
+    log_prob = jnp.broadcast_to(log_prob, shape)
+    return log_prob if message["scale"] is None else log_prob * message["scale"]
+
+
+def _weights(message: Any) -> Array:
+    """How often each entry of the base's batch shape counts: the scale, and zero where masked."""
+    _, event_ndim, mask = _unwrap(message["fn"])
+    scale = jnp.asarray(1.0 if message["scale"] is None else message["scale"], dtype=float)
+    scale = scale.reshape(scale.shape + (1,) * event_ndim)
+    return scale if mask is None else jnp.where(mask, scale, 0.0)
+
+
+def _log_prob_elements(message: Any) -> Array:
+    base, _, _ = _unwrap(message["fn"])
+    value, weights = message["value"], _weights(message)
+    log_prob = jnp.broadcast_to(base.log_prob(value), jnp.shape(value))
+    return jnp.where(weights > 0, weights * log_prob, 0.0)
+
+
+def _normal_part(site: Site, message: Any, systems: int) -> _NormalPart:
+    """One site's observations as normal ones."""
+    base, _, _ = _unwrap(message["fn"])
+    value, weights, split = jnp.asarray(message["value"], dtype=float), _weights(message), site.layout.split
+    shape = value.shape if site.kind != MULTIVARIATE else value.shape[:-1]
+    weights = jnp.broadcast_to(weights, shape)
+    used, weights = weights > 0, jnp.where(weights > 0, weights, 1.0)
+    if site.kind == MULTIVARIATE:
+        n = value.shape[-1]
+        log_det = 2 * jnp.log(jnp.diagonal(base.scale_tril, axis1=-2, axis2=-1)).sum(-1)
+        log_normalizer = n * math.log(2 * math.pi) + jnp.broadcast_to(log_det, shape)
+        correction = 0.5 * (log_normalizer - n * jnp.log(weights)) - 0.5 * weights * log_normalizer
+        correction = jnp.where(used, correction, 0.5 * n * math.log(2 * math.pi))
+        residual = jnp.where(used[..., None], value - base.loc, 0.0)
+        covariance = jnp.broadcast_to(base.covariance_matrix, (*shape, n, n)) / weights[..., None, None]
+        blocks = split(jnp.where(used[..., None, None], covariance, jnp.eye(n))).reshape(systems, -1, n, n)
+        noise = _block_diagonal(list(jnp.moveaxis(blocks, 1, 0)), systems)
+        discrepancy = jnp.zeros_like(residual)
+    else:
+        mean = base.loc if site.kind == NORMAL else base.mean
+        variance = jnp.broadcast_to(base.scale**2 if site.kind == NORMAL else base.variance, shape)
+        residual = jnp.where(used, jnp.where(used, value, 0.0) - mean, 0.0)  # a masked NaN must not reach a gradient
+        log_normalizer = jnp.log(2 * math.pi * variance)
+        if site.kind == NORMAL:
+            correction = 0.5 * (log_normalizer - jnp.log(weights)) - 0.5 * weights * log_normalizer
+            discrepancy = jnp.zeros(shape)
+        else:
+            inside = jnp.where(used, message["value"], base.support.feasible_like(jnp.zeros(shape)))
+            as_normal = -0.5 * (log_normalizer - jnp.log(weights) + weights * residual**2 / variance)
+            correction = jnp.zeros(shape)
+            discrepancy = jnp.where(used, weights * base.log_prob(inside) - as_normal, 0.0)
+        correction = jnp.where(used, correction, 0.5 * math.log(2 * math.pi))
+        noise = split(jnp.where(used, variance / weights, 1.0)).reshape(systems, -1)
+        noise = jax.vmap(jnp.diag)(noise)
+    return _NormalPart(
+        split(residual).reshape(systems, -1),
+        noise,
+        split(correction).reshape(systems, -1).sum(-1),
+        split(discrepancy).reshape(systems, -1),
+    )
+
+
+def _block_diagonal(blocks: list[Array], systems: int) -> Array:
+    size = sum(block.shape[-1] for block in blocks)
+    if len(blocks) == 1:
+        return blocks[0]
+    out, start = jnp.zeros((systems, size, size)), 0
+    for block in blocks:
+        stop = start + block.shape[-1]
+        out = out.at[:, start:stop, start:stop].set(block)
+        start = stop
+    return out
+
+
+def _merge_chains(a: Array) -> Array:
+    return a.reshape(a.shape[0], a.shape[1] * a.shape[2], *a.shape[3:])

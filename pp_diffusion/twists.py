@@ -1,0 +1,640 @@
+r"""Twists: positive functions :math:`r_t(x_t)` that lead particles to where r(x) is large.
+
+Particles follow :math:`\tilde p(x_{t-1} \mid x_t) \propto p(x_{t-1} \mid x_t)\, r_{t-1}(x_{t-1})`, as nearly as it can
+be drawn from (the paper, eq. 22), and are weighted by what that leaves out: the normalisers that the paper drops. A
+twist therefore moves the variance, never the target. ``"constant"`` and ``"annealed"`` are the paper's: r of the state
+itself, and its power (T - t)/T. ``"lookahead"`` is r at :math:`E[x_0 \mid x_t]`. ``"moment"`` averages r over the
+normal distribution with that mean and Tweedie's covariance.
+
+Particles are arrays of shape ``(P, S, …)``, as in :mod:`~pp_diffusion.factors`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+
+from pp_diffusion._frozen import Frozen
+from pp_diffusion.factors import EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
+from pp_diffusion.reverse import ReverseProcess
+from pp_diffusion.schedules import Rates
+
+#: Up to so many observed numbers per x, the moment twist keeps their whole covariance; above, its diagonal.
+MOST_ROWS = 64
+#: Below this log-SNR, Tweedie's covariance is taken from the variance of the reverse step, not from the Jacobian.
+LEAST_LOG_SNR = -6.0
+#: A guided step keeps this share of the unguided one's variance in any direction.
+LEAST_VARIANCE = 1e-3
+#: Draws of x_0 over which r is averaged where it has no closed form.
+NUM_DRAWS = 32
+
+
+class Prediction(NamedTuple):
+    r"""What a reverse step knows at :math:`x_t`.
+
+    :ivar x_t: states of the model's space, shape ``(P, S, *state_shape)``.
+    :ivar rates: of step t.
+    :ivar reverse: :math:`p(x_{t-1} \mid x_t)`.
+    :ivar x_0: :math:`E[x_0 \mid x_t]`; for bits, their probabilities.
+    :ivar variance: :math:`\mathrm{Var}(x_0 \mid x_t)` per coordinate, as the reverse step's variance has it.
+    :ivar covariance: products of a v of the states' shape with Tweedie's covariance,
+        :math:`\mathrm{Cov}(x_0 \mid x_t)\, v = \tfrac{1 - \bar\alpha_t}{\sqrt{\bar\alpha_t}} J^\top v`, J being the
+        Jacobian of :math:`E[x_0 \mid x_t]`.
+    :ivar slope: of the mean of :math:`x_{t-1}` in :math:`x_0`.
+    :ivar is_last: whether :math:`x_{t-1}` is :math:`x_0`.
+    """
+
+    x_t: Array
+    rates: Rates
+    reverse: dist.Distribution
+    x_0: Array
+    variance: Array
+    covariance: Callable[[Array], Array]
+    slope: Array
+    is_last: bool
+
+
+def predict(process: ReverseProcess, x_t: Array, rates: Rates) -> Prediction:
+    """The reverse step t >= 2 at these states, by one call of the network."""
+    kernel = process.kernel
+    if kernel.is_discrete:
+        reverse = process(x_t, rates)
+        mean = kernel.x_0_given(x_t, reverse, rates).mean
+        return Prediction(x_t, rates, reverse, mean, mean * (1 - mean), lambda v: v, jnp.ones(()), False)
+
+    def mean_and_all(x_t: Array) -> tuple[Array, Any]:
+        reverse = process(x_t, rates)
+        x_0 = kernel.x_0_given(x_t, reverse, rates)
+        return x_0.mean, (reverse, x_0.variance)
+
+    mean, pull, (reverse, variance) = jax.vjp(mean_and_all, x_t, has_aux=True)
+    by_jacobian = rates.log_snr > LEAST_LOG_SNR
+    factor = rates.erased / jnp.sqrt(jnp.where(by_jacobian, rates.alpha_bar, 1.0))
+
+    def covariance(v: Array) -> Array:
+        return jnp.where(by_jacobian, factor * pull(v)[0], variance * v)
+
+    slope = jnp.sqrt(rates.previous_alpha_bar) * rates.innovation
+    return Prediction(x_t, rates, reverse, mean, variance, covariance, slope, False)
+
+
+def predict_last(process: ReverseProcess, x_1: Array) -> Prediction:
+    r"""The last step, :math:`p(x_0 \mid x_1)`: its own mean and variance are those of :math:`x_0`."""
+    return _as_prediction(process, x_1, process.rates.at(0), process.last(x_1))
+
+
+def predict_start(process: ReverseProcess, batch_shape: tuple[int, ...]) -> Prediction:
+    r"""The start, :math:`\pi(x_T)`, as a step from nowhere."""
+    stationary = process.kernel.stationary().expand(batch_shape)
+    nowhere = process.kernel.as_state(jnp.zeros(stationary.shape()))
+    return _as_prediction(process, nowhere, process.rates.at(-1), stationary)
+
+
+def _as_prediction(process: ReverseProcess, x: Array, rates: Rates, step: dist.Distribution) -> Prediction:
+    variance = step.variance
+    return Prediction(x, rates, step, step.mean, variance, lambda v: variance * v, jnp.ones(()), True)
+
+
+class NormalGuide(NamedTuple):
+    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, conditioned on normal observations: in units of its noise n, of mean
+    :math:`B^\top e + s` and covariance :math:`I - B^\top B`.
+
+    :ivar mean: of p; shape ``(P, S, D)``, as all that has D.
+    :ivar scale: its standard deviations.
+    :ivar rows: B, shape ``(P, S, K, D)``, orthogonal.
+    :ivar shares: their squared lengths, in [0, 1).
+    :ivar residual: e, shape ``(P, S, K)``.
+    :ivar shift: s, by the gradient of what is not normal (eq. 61).
+    :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, S)``.
+    """
+
+    mean: Array
+    scale: Array
+    rows: Array
+    shares: Array
+    residual: Array
+    shift: Array
+    log_known: Array
+
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """States, of this shape, and log p - log of the density that they are drawn from."""
+        free = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        kept = jnp.sqrt(1 - self.shares)
+        along = jnp.einsum("pskd,psd->psk", self.rows, free)
+        moved = jnp.einsum("pskd,psk->psd", self.rows, self.residual - along / (1 + kept)) + self.shift
+        log_ratio = -0.5 * (moved * (2 * free + moved)).sum(-1) + jnp.log(kept).sum(-1) + self.log_known
+        return (self.mean + self.scale * (free + moved)).reshape(shape), log_ratio
+
+
+class BitsGuide(NamedTuple):
+    """A step over bits, and the one that is drawn from.
+
+    :ivar reverse: logits of :math:`p(x_{t-1} | x_t)`.
+    :ivar guided: logits of the draws.
+    """
+
+    reverse: Array
+    guided: Array
+
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """States, of this shape, and log p - log of the probability that they are drawn with."""
+        ones = jax.random.bernoulli(rng_key, jax.nn.sigmoid(self.guided))
+        p, m = (jax.nn.log_sigmoid(jnp.where(ones, logits, -logits)) for logits in self)
+        return ones.astype(self.guided.dtype).reshape(shape), (p - m).sum(-1)
+
+
+Guide = NormalGuide | BitsGuide
+
+
+class Guided(NamedTuple):
+    """A twist at some particles: its log value, shape ``(P, S)``, and the step that it proposes."""
+
+    log_twist: Array
+    guide: Guide
+
+
+class Twist(Frozen):
+    """Base class of twists.
+
+    :ivar name: as :class:`~pp_diffusion.SMC` takes it.
+    :ivar starts: whether the twist guides the start, :math:`x_T`, too.
+    """
+
+    name: str = ""
+    starts: bool = False
+
+    def check(self, factors: Factors) -> None:
+        """Refuses a model that the twist cannot serve."""
+
+    def rules(self, factors: Factors) -> dict[str, str]:
+        """In words, what the twist makes of each observed site."""
+        return {site.name: "r itself" for site in factors.observed}
+
+    @abstractmethod
+    def __call__(
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+    ) -> Guided:
+        r"""The value :math:`r_t(x_t)`, and a step to :math:`x_{t-1}`.
+
+        :param noise: fixed uniform numbers, shape ``(NUM_DRAWS, *state_shape)``, the same at each call, so that a twist
+            that averages over draws is a function of :math:`x_t`.
+        """
+        raise NotImplementedError
+
+
+class Power(Twist):
+    """The paper's: r of the state itself, or a power of it that grows as t falls.
+
+    :param name: ``"constant"`` or ``"annealed"``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._set(name=name, starts=name == "constant")
+
+    def check(self, factors: Factors) -> None:
+        if factors.is_exact and not factors.is_discrete:
+            raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {self.name!r}")
+
+    def _power(self, t: Array | int, num_timesteps: int) -> Array:
+        return jnp.ones(()) if self.name == "constant" else 1 - jnp.asarray(t, dtype=float) / num_timesteps
+
+    def __call__(
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+    ) -> Guided:
+        total = factors.prior.num_timesteps
+        t = prediction.rates.t
+        power, next_power = self._power(t, total), self._power(t - 1, total)
+        log_r = factors.read(prediction.x_t, latents).log_r
+        log_twist = jnp.where(power > 0, power * log_r, 0.0)
+        if factors.is_discrete:
+            return Guided(log_twist, _flipped(factors, prediction, latents, next_power, noise))
+        return Guided(log_twist, _conditioned(factors, exact, _without_look(prediction), latents, next_power).guide)
+
+
+class Lookahead(Twist):
+    r"""r at :math:`E[x_0 \mid x_t]` (Wu et al. 2023), with steps shifted by its gradient; for bits, r averaged over
+    draws of them."""
+
+    name = "lookahead"
+
+    def check(self, factors: Factors) -> None:
+        Power.check(self, factors)  # type: ignore[arg-type]
+
+    def __call__(
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+    ) -> Guided:
+        if factors.is_discrete:
+            return _averaged_bits(factors, prediction, latents, noise)
+        log_r, pull = jax.vjp(lambda z: factors.read(z, latents).log_r, prediction.x_0)
+        (gradient,) = pull(jnp.ones_like(log_r))
+        return Guided(log_r, _shifted(prediction, gradient))
+
+
+class Moment(Twist):
+    r"""r averaged over x_0 given :math:`x_t`: a normal distribution with Tweedie's mean and covariance.
+
+    Sites ``Normal`` and ``MultivariateNormal`` are linearised at :math:`E[x_0 \mid x_t]`, which is exact where they are
+    affine in x; other sites that have a mean and a variance are taken for normal ones with these; ``numpyro.factor``
+    and the rest are averaged over draws, with the covariance's diagonal. Bits: exactly, where each observed number
+    depends on one bit at most, and else over draws.
+    """
+
+    name = "moment"
+
+    def rules(self, factors: Factors) -> dict[str, str]:
+        if factors.is_discrete:
+            rule = "bit by bit, exact" if factors.owner is not None else f"averaged over {NUM_DRAWS} draws"
+            return {site.name: rule for site in factors.observed}
+        averaged = f"averaged over {NUM_DRAWS} draws"
+        words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
+        words[MOMENTS] = "taken for normal, by its mean and variance"
+        return {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
+
+    def __call__(
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+    ) -> Guided:
+        if factors.is_discrete:
+            if factors.owner is None:
+                return _averaged_bits(factors, prediction, latents, noise)
+            return _per_bit(factors, prediction, latents)
+        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), noise)
+
+
+class Custom(Twist):
+    """A user's: a function of a :class:`Prediction` and of log r as a function of x.
+
+    :param function: ``(prediction, log_r) -> log r_t``, of shape ``(P, S)``; ``log_r(z)`` takes states of the model's
+        space.
+    """
+
+    function: Callable
+
+    def __init__(self, function: Callable) -> None:
+        self._set(name=getattr(function, "__name__", "custom"), function=function)
+
+    check = Lookahead.check
+
+    def __call__(
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+    ) -> Guided:
+        def log_r(z: Array) -> Array:
+            return factors.read(z, latents).log_r
+
+        if factors.is_discrete:
+            logits = _logits(prediction.reverse)
+            return Guided(self.function(prediction, log_r), BitsGuide(logits, logits))
+
+        def value(x_0: Array) -> Array:
+            return self.function(prediction._replace(x_0=x_0), log_r)
+
+        log_twist, pull = jax.vjp(value, prediction.x_0)
+        if log_twist.shape != prediction.x_t.shape[:2]:
+            raise ValueError(
+                f"twist must return an array of shape {prediction.x_t.shape[:2]}; got shape {log_twist.shape}"
+            )
+        return Guided(log_twist, _shifted(prediction, pull(jnp.ones_like(log_twist))[0]))
+
+
+TWISTS: dict[str, Twist] = {
+    "constant": Power("constant"),
+    "annealed": Power("annealed"),
+    "lookahead": Lookahead(),
+    "moment": Moment(),
+}
+
+
+def as_twist(twist: Any) -> Twist:
+    """A twist by name, a function's, or itself; ``None`` is ``"moment"``.
+
+    :raises ValueError: for an unknown name.
+    """
+    if twist is None:
+        return TWISTS["moment"]
+    if isinstance(twist, Twist):
+        return twist
+    if isinstance(twist, str) and twist in TWISTS:
+        return TWISTS[twist]
+    if callable(twist):
+        return Custom(twist)
+    raise ValueError(f"twist must be one of {', '.join(map(repr, TWISTS))}, or a function; got {twist!r}")
+
+
+# --- continuous states ---------------------------------------------------------------------------------------------
+
+
+def _without_look(prediction: Prediction) -> Prediction:
+    r"""With :math:`x_{t-1}` in the place of :math:`x_0`: for twists of the state itself."""
+    variance = prediction.reverse.variance
+    return prediction._replace(
+        x_0=prediction.reverse.mean,
+        variance=variance,
+        covariance=lambda v: variance * v,
+        slope=jnp.ones(()),
+        is_last=True,
+    )
+
+
+def _conditioned(
+    factors: Factors,
+    exact: Exact,
+    prediction: Prediction,
+    latents: Latents,
+    power: Array,
+    noise: Array | None = None,
+) -> Guided:
+    """The log of the average of r^power over the normal distribution of the prediction, and the step given r."""
+    shape = prediction.x_0.shape
+    batch, size = shape[:2], math.prod(shape[2:])
+    scale = jnp.sqrt(prediction.reverse.variance)
+    log_known = jnp.zeros(batch, scale.dtype)
+    if prediction.is_last and exact.index.shape[-1]:
+        prediction, scale, log_known = _set_known(exact, prediction, scale)
+        exact = exact._replace(index=exact.index[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
+
+    def residuals(z: Array) -> tuple[Array, Reading]:
+        reading = factors.read(z, latents)
+        return reading.residual, reading
+
+    residual, pull, reading = jax.vjp(residuals, prediction.x_0, has_aux=True)
+    covariance = reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny)
+    log_value = reading.correction + log_known
+    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.index.shape[-1]
+    shift = jnp.zeros(shape, scale.dtype)
+    if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
+        log_other, gradient = _averaged(factors, prediction, latents, noise)
+        log_value += log_other
+        shift += power * gradient
+    if num_rows == 0:
+        guide = _shifted(prediction, shift)
+        return Guided(log_value, guide._replace(log_known=log_known))
+
+    # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
+    seeds = jnp.broadcast_to(jnp.eye(num_noisy, dtype=scale.dtype)[:, None, None], (num_noisy, *residual.shape))
+    rows = -jax.vmap(lambda seed: pull(seed)[0])(seeds)
+    if exact.index.shape[-1]:
+        chains = batch[1] // len(exact.index)
+        index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
+        one_hot = jax.nn.one_hot(index, size, dtype=scale.dtype) * counts[..., None]
+        one_hot = jnp.moveaxis(jnp.broadcast_to(one_hot, (batch[0], *one_hot.shape)), 2, 0)
+        rows = jnp.concatenate([rows, one_hot.reshape(-1, *shape)])
+        at_mean = jnp.take_along_axis(
+            prediction.x_0.reshape(*batch, size), jnp.broadcast_to(index, (*batch, index.shape[-1])), -1
+        )
+        residual = jnp.concatenate([residual, jnp.where(counts, value - at_mean, 0.0)], -1)
+        unused = jnp.where(counts, 0.0, 1.0)
+        covariance = _padded(covariance, jnp.broadcast_to(unused, (*batch, unused.shape[-1])))
+        log_value += 0.5 * math.log(2 * math.pi) * unused.sum(-1)
+    if num_rows > MOST_ROWS:
+        return _by_diagonal(prediction, reading, rows, residual, covariance, log_value, shift, log_known)
+    products = jax.vmap(prediction.covariance)(rows)  # covariances of the observations with x_0
+
+    def flat(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(num_rows, *batch, size), 0, 2)
+
+    rows, products, scale = flat(rows), flat(products), scale.reshape(*batch, size)
+    cross = rows * scale[..., None, :] if prediction.is_last else prediction.slope * products / scale[..., None, :]
+    spread = jnp.einsum("pskd,psld->pskl", rows, products)
+    least = LEAST_VARIANCE * jnp.mean(
+        jnp.einsum("pskd,psd->psk", rows**2, prediction.variance.reshape(*batch, size)), -1
+    )
+    noise_variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    covariance = covariance + _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), least)
+    whiten, log_det = _inverse_root(covariance)
+    cross = jnp.einsum("pskl,psld->pskd", whiten, cross)
+    shares, basis = _eigh(jnp.einsum("pskd,psld->pskl", cross, cross))
+    kept = jnp.clip(shares, 0.0, 1 - LEAST_VARIANCE)
+    shrink = jnp.sqrt(kept / jnp.maximum(shares, jnp.finfo(shares.dtype).tiny))
+    cross = jnp.einsum("pslk,psld->pskd", basis, cross) * shrink[..., None]
+    white = jnp.einsum("pskl,psl->psk", whiten, residual)
+    log_value += -0.5 * (white**2).sum(-1) - 0.5 * (log_det + num_rows * math.log(2 * math.pi))
+    log_value += _discrepancy(reading.discrepancy, noise_variance, covariance)
+    white = jnp.einsum("pslk,psl->psk", basis, white)
+    shift = _in_noise(prediction, shift).reshape(*batch, size)
+    mean = prediction.reverse.mean.reshape(*batch, size)
+    if prediction.is_last:
+        mean = prediction.x_0.reshape(*batch, size)
+    return Guided(log_value, NormalGuide(mean, scale, cross, kept, white, shift, log_known))
+
+
+def _by_diagonal(
+    prediction: Prediction,
+    reading: Reading,
+    rows: Array,
+    residual: Array,
+    covariance: Array,
+    log_value: Array,
+    shift: Array,
+    log_known: Array,
+) -> Guided:
+    """Many observations: each by itself, with the variance of x_0 coordinate by coordinate."""
+    batch = residual.shape[:2]
+    noise = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    spread = jax.vmap(lambda row: (row**2 * prediction.variance).reshape(*batch, -1).sum(-1))(rows)
+    variance = noise + jnp.moveaxis(spread, 0, -1)
+    log_value += -0.5 * (residual**2 / variance + jnp.log(2 * math.pi * variance)).sum(-1)
+    log_value += _discrepancy(reading.discrepancy, noise, jax.vmap(jax.vmap(jnp.diag))(variance))
+    shift += jnp.einsum("kps...,psk->ps...", rows, residual / variance)
+    return Guided(log_value, _shifted(prediction, shift)._replace(log_known=log_known))
+
+
+def _discrepancy(discrepancy: Array, noise: Array, covariance: Array) -> Array:
+    """What a density that was taken for normal differs by at the mean, as far as the noise makes up the spread."""
+    total = jnp.diagonal(covariance, axis1=-2, axis2=-1)[..., : discrepancy.shape[-1]]
+    share = noise[..., : discrepancy.shape[-1]] / total
+    return (share * jnp.clip(discrepancy, -5.0, 5.0)).sum(-1)
+
+
+def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Prediction, Array, Array]:
+    """The last step with the coordinates that are known set to their values, and the density of these."""
+    shape = prediction.x_0.shape
+    batch, size = shape[:2], math.prod(shape[2:])
+    chains = batch[1] // len(exact.index)
+    index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
+
+    def row(mean: Array, scale: Array, index: Array, value: Array, counts: Array) -> tuple[Array, Array, Array]:
+        log_prob = dist.Normal(mean[index], scale[index], validate_args=False).log_prob(value)
+        at = jnp.where(counts, index, size)
+        return (
+            mean.at[at].set(value, mode="drop"),
+            scale.at[at].set(0.0, mode="drop"),
+            jnp.where(counts, log_prob, 0.0).sum(),
+        )
+
+    over_systems = jax.vmap(row)
+    mean, known_scale, log_known = jax.vmap(lambda m, s: over_systems(m, s, index, value, counts))(
+        prediction.x_0.reshape(*batch, size), scale.reshape(*batch, size)
+    )
+    known_scale = known_scale.reshape(shape)
+    variance = known_scale**2
+    prediction = prediction._replace(x_0=mean.reshape(shape), variance=variance, covariance=lambda v: variance * v)
+    return prediction, known_scale, log_known
+
+
+def _shifted(prediction: Prediction, gradient: Array) -> NormalGuide:
+    r"""The step with its mean shifted along a gradient by :math:`x_0` (eq. 61)."""
+    batch = prediction.x_t.shape[:2]
+    mean = prediction.x_0 if prediction.is_last else prediction.reverse.mean
+    scale = jnp.sqrt(prediction.variance if prediction.is_last else prediction.reverse.variance)
+    mean, scale, shift = (a.reshape(*batch, -1) for a in (mean, scale, _in_noise(prediction, gradient)))
+    none = jnp.zeros((*batch, 0, mean.shape[-1]), mean.dtype)
+    return NormalGuide(mean, scale, none, none[..., 0], none[..., 0], shift, jnp.zeros(batch, mean.dtype))
+
+
+def _in_noise(prediction: Prediction, gradient: Array) -> Array:
+    """The shift by a gradient, in units of the step's noise, at most about as long as that noise itself is."""
+    if prediction.is_last:
+        shift = jnp.sqrt(prediction.variance) * gradient
+    else:
+        shift = prediction.slope * prediction.covariance(gradient) / jnp.sqrt(prediction.reverse.variance)
+    axes = tuple(range(2, shift.ndim))
+    length = jnp.sqrt((shift**2).sum(axes, keepdims=True))
+    most = 2 * math.sqrt(math.prod(shift.shape[2:])) + 2
+    return jnp.where(jnp.isfinite(length), shift * jnp.minimum(1, most / jnp.maximum(length, 1e-9)), 0.0)
+
+
+def _averaged(factors: Factors, prediction: Prediction, latents: Latents, noise: Array | None) -> tuple[Array, Array]:
+    """The log of the mean of the sites' densities that have no normal form, over fixed draws, and its gradient."""
+
+    def value(z: Array) -> Array:
+        if noise is None:  # a twist of the state itself
+            return factors.read(z, latents).log_other
+        half = jax.scipy.special.ndtri(jnp.clip(noise[: NUM_DRAWS // 2], 1e-6, 1 - 1e-6))
+        spread = jnp.sqrt(prediction.variance) * jnp.concatenate([half, -half])[:, None, None]
+        log_r = jax.vmap(lambda d: factors.read(z + d, latents).log_other)(spread)
+        return jax.nn.logsumexp(jnp.where(jnp.isnan(log_r), -jnp.inf, log_r), axis=0) - math.log(NUM_DRAWS)
+
+    log_other, pull = jax.vjp(value, prediction.x_0)
+    (gradient,) = pull(jnp.ones_like(log_other))
+    return log_other, jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+
+
+def _padded(covariance: Array, diagonal: Array) -> Array:
+    """A covariance with further, independent entries."""
+    k, n = covariance.shape[-1], diagonal.shape[-1]
+    out = jnp.zeros((*covariance.shape[:-2], k + n, k + n), covariance.dtype)
+    out = out.at[..., :k, :k].set(covariance)
+    return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
+
+
+def _clipped(matrix: Array, least: Array) -> Array:
+    """A symmetric matrix with eigenvalues of at least ``least``: a trained network's Jacobian is no covariance."""
+    values, vectors = _eigh(matrix)
+    values = jnp.maximum(values, least[..., None])
+    return jnp.einsum("psik,psk,psjk->psij", vectors, values, vectors)
+
+
+def _inverse_root(matrix: Array) -> tuple[Array, Array]:
+    """W with W matrix Wᵀ = I, and the matrix's log determinant."""
+    if matrix.shape[-1] == 1:
+        return 1 / jnp.sqrt(matrix), jnp.log(matrix[..., 0, 0])
+    root = jnp.linalg.cholesky(matrix)
+    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    whiten = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
+    return whiten, 2 * jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+
+
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0], jnp.ones_like(matrix)
+    return jnp.linalg.eigh(matrix)
+
+
+# --- bits ----------------------------------------------------------------------------------------------------------
+
+
+def _logits(distribution: dist.Distribution) -> Array:
+    while not hasattr(distribution, "logits"):
+        distribution = distribution.base_dist
+    return distribution.logits
+
+
+def _flat_logits(prediction: Prediction) -> Array:
+    return jnp.broadcast_to(_logits(prediction.reverse), prediction.x_t.shape).reshape(*prediction.x_t.shape[:2], -1)
+
+
+def _bit_factors(factors: Factors, like: Array, latents: Latents) -> tuple[Array, Array, Array]:
+    """log r of each bit as 0 and as 1, of shape ``(P, S, D)``, and what depends on no bit, for r that factorises."""
+    size = math.prod(like.shape[2:])
+    chains = like.shape[1] // factors.num_systems
+    owner = jnp.tile(factors.owner, (chains, 1))
+
+    def per_bit(elements: Array) -> Array:
+        total = jax.vmap(lambda e: jax.vmap(lambda row, o: jnp.zeros(size + 1).at[o].add(row))(e, owner))(elements)
+        return total.astype(like.dtype)
+
+    zero, one = (per_bit(factors.read(x, latents).elements) for x in (jnp.zeros_like(like), jnp.ones_like(like)))
+    return zero[..., :size], one[..., :size], zero[..., size]
+
+
+def _per_bit(factors: Factors, prediction: Prediction, latents: Latents) -> Guided:
+    """r that factorises over bits, averaged over each of them, and the step given it: all in closed form."""
+    zero, one, rest = _bit_factors(factors, prediction.x_t, latents)
+    logits = _flat_logits(prediction)
+    if prediction.is_last:
+        of_x_0 = logits
+    else:
+        probs = prediction.x_0.reshape(logits.shape)
+        of_x_0 = jnp.log(probs) - jnp.log1p(-probs)
+    log_twist = jnp.logaddexp(jax.nn.log_sigmoid(of_x_0) + one, jax.nn.log_sigmoid(-of_x_0) + zero).sum(-1) + rest
+    tilted = _finite(of_x_0 + _difference(one, zero))
+    return Guided(log_twist, _bits_guide(factors, prediction, logits, tilted))
+
+
+def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, noise: Array) -> Guided:
+    """r averaged over draws of all bits, and the step given how often each bit is 1 under r."""
+    probs = prediction.x_0
+    draws = (noise[:, None, None] < probs).astype(probs.dtype)
+    log_r = jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
+    log_twist = jax.nn.logsumexp(log_r, axis=0) - math.log(len(draws))
+    weights = jax.nn.softmax(log_r, axis=0)
+    tilted = jnp.einsum("kps,kps...->ps...", jnp.where(jnp.isfinite(weights), weights, 1 / len(draws)), draws)
+    # the draws are few: what they do not show has to stay possible
+    trust = (1 - 2 / jnp.sqrt(len(draws))) * jnp.ones(())
+    mixed = (trust * tilted + (1 - trust) * probs).reshape(*probs.shape[:2], -1)
+    logits = _flat_logits(prediction)
+    mixed = jnp.clip(mixed, jnp.finfo(mixed.dtype).tiny, 1 - jnp.finfo(mixed.dtype).eps)
+    return Guided(log_twist, _bits_guide(factors, prediction, logits, jnp.log(mixed) - jnp.log1p(-mixed)))
+
+
+def _flipped(factors: Factors, prediction: Prediction, latents: Latents, power: Array, noise: Array) -> BitsGuide:
+    """The paper's perturbed step, c d / (c d + (1 - c)(1 - d)) per bit (table App. 1), with d from r^power of the bit
+    alone, or flipped in a draw of all bits."""
+    logits = _flat_logits(prediction)
+    if factors.owner is not None:
+        zero, one, _ = _bit_factors(factors, prediction.x_t, latents)
+        return BitsGuide(logits, _finite(logits + power * _difference(one, zero)))
+    shape = prediction.x_t.shape
+    flat = (noise[0].reshape(-1) < jax.nn.sigmoid(logits)).astype(logits.dtype)
+
+    def log_r(i: Array, bit: float) -> Array:
+        return factors.read(flat.at[..., i].set(bit).reshape(shape), latents).log_r
+
+    change = jax.lax.map(lambda i: _difference(log_r(i, 1.0), log_r(i, 0.0)), jnp.arange(flat.shape[-1]))
+    return BitsGuide(logits, _finite(logits + power * jnp.moveaxis(change, 0, -1)))
+
+
+def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted: Array) -> BitsGuide:
+    if prediction.is_last:
+        return BitsGuide(logits, tilted)
+    kernel = factors.prior.diffusion.kernel
+    x_0 = kernel.bernoulli(tilted.reshape(prediction.x_t.shape))
+    guided = _logits(kernel.reverse_given(prediction.x_t, x_0, prediction.rates))
+    return BitsGuide(logits, guided.reshape(logits.shape))
+
+
+def _difference(one: Array, zero: Array) -> Array:
+    """log r(1) - log r(0), zero where both are impossible."""
+    difference = one - zero
+    return jnp.where(jnp.isnan(difference), 0.0, difference)
+
+
+def _finite(logits: Array) -> Array:
+    limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
+    return jnp.clip(logits, -limit, limit)
