@@ -116,15 +116,20 @@ CASES = [
 
 
 def run(
-    *, num_timesteps: int = 500, num_particles: int = 1024, num_draws: int = 20_000, figures: Path, progress: bool = True
+    *,
+    num_timesteps: int = 500,
+    num_particles: int = 1024,
+    num_draws: int = 20_000,
+    figures: Path,
+    progress: bool = True,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Prints the table, writes the figure; returns the draws of every case by every way."""
     results: dict[str, dict[str, np.ndarray]] = {}
     table = []
     for case in CASES:
         prior = exact_prior(case.covariance, num_timesteps)
-        smc = ppd.SMC(case.model, num_particles=num_particles, num_chains=8)
-        smc.run(jax.random.key(0), prior)
+        smc = ppd.SMC(case.model, num_particles=num_particles, num_chains=8, progress_bar=progress)
+        smc.run(jax.random.key(2), prior)
         draws = {name: draw(jax.random.key(1), prior, num_draws) for name, draw in case.composed.items()}
         draws["SMC"] = smc.get_samples()["x"]
         results[case.name] = {name: np.asarray(x)[..., -1] for name, x in draws.items()}
