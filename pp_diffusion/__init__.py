@@ -24,7 +24,9 @@ from pp_diffusion.likelihood import Importance as Importance
 from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
 from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.parameterizations import Parameterization as Parameterization
+from pp_diffusion.perturb import perturb as perturb
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
+from pp_diffusion.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess
 from pp_diffusion.schedules import FixedSchedule as FixedSchedule
 from pp_diffusion.schedules import LearnedSchedule as LearnedSchedule

@@ -87,13 +87,13 @@ class Reading(NamedTuple):
 class Exact(NamedTuple):
     """Coordinates of x that are observed without noise, in the model's space.
 
-    :ivar index: of the coordinates in a system's x, flattened; shape ``(S, n)``.
+    :ivar where: the coordinates, in a system's flattened x; shape ``(S, n)``.
     :ivar value: theirs.
     :ivar counts: False where masked.
     :ivar log_det: log |dx/dz| summed over them; shape ``(S,)``.
     """
 
-    index: Array
+    where: Array
     value: Array
     counts: Array
     log_det: Array
@@ -310,27 +310,27 @@ class Factors(Frozen):
         """What is observed of a continuous x without noise, for the systems of one chain."""
         systems, size = self.num_systems, math.prod(self.state_shape)
         trace, _ = self.trace(self._zeros(), {})
-        indices, values, counts = [jnp.zeros((systems, 0), int)], [jnp.zeros((systems, 0))], [jnp.zeros((systems, 0))]
+        indices, values, weights = [jnp.zeros((systems, 0), int)], [jnp.zeros((systems, 0))], [jnp.zeros((systems, 0))]
         for site in self.observed:
             if site.kind == EXACT:
                 message = trace[site.name]
                 indices.append(self.known[site.name])
-                weights = jnp.broadcast_to(_weights(message), jnp.shape(message["value"]))
-                for found, a in ((values, jnp.asarray(message["value"], float)), (counts, weights)):
+                weight = jnp.broadcast_to(_weights(message), jnp.shape(message["value"]))
+                for found, a in ((values, jnp.asarray(message["value"], float)), (weights, weight)):
                     found.append(site.layout.split(a).reshape(systems, -1))
-        index, y, counts = (jnp.concatenate(part, -1) for part in (indices, values, counts))
-        counts = counts > 0
+        where, y, weight = (jnp.concatenate(part, -1) for part in (indices, values, weights))
+        counts = weight > 0
         x = self._layout.split(self._zeros()).reshape(systems, size)
-        target = jnp.where(counts, index, size)  # what does not count is written nowhere
+        target = jnp.where(counts, where, size)  # what does not count is written nowhere
         x = jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, target, y)
         transform = self.prior.diffusion.transform
         if transform is None:
-            return Exact(index, jnp.take_along_axis(x, index, -1), counts, jnp.zeros(systems))
+            return Exact(where, jnp.take_along_axis(x, where, -1), counts, jnp.zeros(systems))
         x = x.reshape(systems, *self.state_shape)
         z = transform.inv(x)
         log_det = transform.log_abs_det_jacobian(z, x).reshape(systems, size)
-        log_det = jnp.where(counts, jnp.take_along_axis(log_det, index, -1), 0.0).sum(-1)
-        return Exact(index, jnp.take_along_axis(z.reshape(systems, size), index, -1), counts, log_det)
+        log_det = jnp.where(counts, jnp.take_along_axis(log_det, where, -1), 0.0).sum(-1)
+        return Exact(where, jnp.take_along_axis(z.reshape(systems, size), where, -1), counts, log_det)
 
 
 def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
@@ -704,7 +704,11 @@ def _weights(message: Any) -> Array:
 def _log_prob_elements(message: Any) -> Array:
     base, _, _ = _unwrap(message["fn"])
     value, weights = message["value"], _weights(message)
-    log_prob = jnp.broadcast_to(base.log_prob(value), jnp.shape(value))
+    if isinstance(base, dist.Delta):  # whose own log density is one number per event
+        log_prob = jnp.where(base.v == value, 0.0, -jnp.inf)
+        weights = weights.reshape(weights.shape + (1,) * base.event_dim)
+    else:
+        log_prob = jnp.broadcast_to(base.log_prob(value), jnp.shape(value))
     return jnp.where(weights > 0, weights * log_prob, 0.0)
 
 

@@ -112,6 +112,20 @@ class Kernel(Frozen):
         x = q.sample(rng_key)
         return self.as_state(x), p.log_prob(x) - q.log_prob(x)
 
+    def from_noise(self, distribution: dist.Distribution, noise: Array) -> Array:
+        """The draw of one of the kernel's distributions that standard normal noise of a state's shape gives."""
+        raise NotImplementedError(f"{type(self).__name__} does not define from_noise")
+
+    def perturb(
+        self, rng_key: Array, distribution: dist.Distribution, log_r: Callable[[Array], Array]
+    ) -> dist.Distribution:
+        """One of the kernel's distributions p, made into an approximation of one proportional to p·r.
+
+        :param rng_key: for kernels whose form is random, given the distribution.
+        :param log_r: from states, shape ``(*batch, *event_shape)``, to log r, shape ``batch``, in nats.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define perturb")
+
     def prior_kl(self, x_0: Array, log_snr: ArrayLike) -> Array:
         r"""KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`), zero where :math:`\beta_T = 1`."""
         return self.kl(self.marginal(x_0, log_snr), self.stationary().expand(x_0.shape[: x_0.ndim - self.event_ndim]))
@@ -229,6 +243,18 @@ class GaussianKernel(Kernel):
         residual = (q.loc - p.loc + q.scale * noise) / p.scale
         log_ratio = jnp.log(q.scale) - jnp.log(p.scale) + 0.5 * (noise - residual) * (noise + residual)
         return q.loc + q.scale * noise, self.sum_events(log_ratio)
+
+    def from_noise(self, distribution: dist.Distribution, noise: Array) -> Array:
+        base = _base(distribution)
+        return base.loc + base.scale * noise
+
+    def perturb(
+        self, rng_key: Array, distribution: dist.Distribution, log_r: Callable[[Array], Array]
+    ) -> dist.Distribution:
+        r""":math:`N(\mu + \Sigma \nabla \log r(\mu),\ \Sigma)` (eq. 61)."""
+        mean, variance = distribution.mean, distribution.variance
+        gradient = jax.grad(lambda x: jnp.sum(log_r(x)))(mean)  # rows do not depend on each other
+        return self.normal(mean + variance * gradient, variance)
 
     def prior_kl(self, x_0: Array, log_snr: ArrayLike) -> Array:
         log_snr = self.over_events(log_snr)
@@ -349,6 +375,24 @@ class BinomialKernel(Kernel):
     def reverse_given(self, x_t: Array, x_0: dist.Distribution, rates: Rates) -> dist.Distribution:
         return BINOMIAL["x0"].reverse(self, x_t, rates, _base(x_0).logits)
 
+    def perturb(
+        self, rng_key: Array, distribution: dist.Distribution, log_r: Callable[[Array], Array]
+    ) -> dist.Distribution:
+        r"""Per bit :math:`cd / (cd + (1-c)(1-d))` (table App. 1), with c the probability of a 1 and d the share of r
+        where the bit is on, among this state and the one where it is off; the other bits are those of a draw."""
+        bits = self.as_state(distribution.sample(rng_key))
+        rows = bits.reshape(*distribution.batch_shape, -1)
+
+        def flip(i: Array) -> Array:
+            return log_r(rows.at[..., i].set(1 - rows[..., i]).reshape(bits.shape))
+
+        here = self.over_events(log_r(bits))
+        flipped = jax.lax.map(flip, jnp.arange(rows.shape[-1]), batch_size=_FLIPS_AT_ONCE)
+        flipped = jnp.moveaxis(flipped, 0, -1).reshape(bits.shape)
+        both_impossible = jnp.isneginf(here) & jnp.isneginf(flipped)  # which says nothing about this bit
+        log_odds = jnp.where(both_impossible, 0.0, jnp.where(bits == 1, here - flipped, flipped - here))
+        return self.bernoulli(_base(distribution).logits + log_odds)
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         return self.sum_events(_bit_entropy(jnp.broadcast_to(_base(distribution).logits, distribution.shape())))
 
@@ -376,6 +420,7 @@ class BinomialKernel(Kernel):
 
 
 _LOG_2_PI_E = math.log(2 * math.pi * math.e)
+_FLIPS_AT_ONCE = 64  # states with one bit flipped that are in memory together
 _ALMOST_ONE = 1 - 2.0**-24  # ᾱ_T that rounds to 1 would make the prior's KL infinite
 
 

@@ -25,7 +25,6 @@ from pp_diffusion._frozen import Frozen
 from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_model
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.twists import (
-    NUM_DRAWS,
     Guided,
     NormalGuide,
     Prediction,
@@ -51,7 +50,7 @@ class SMCState(NamedTuple):
     :ivar log_evidence: up to the last resampling, shape ``(S,)``.
     :ivar lineage: which particle at T each one descends from.
     :ivar exact: what is observed without noise.
-    :ivar noise: the twist's fixed uniform numbers.
+    :ivar twist_key: the twist's, the same at every step.
     :ivar rng_key: for the steps to come.
     """
 
@@ -63,7 +62,7 @@ class SMCState(NamedTuple):
     log_evidence: Array
     lineage: Array
     exact: Exact
-    noise: Array
+    twist_key: Array
     rng_key: Array
 
 
@@ -106,24 +105,25 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
     r"""Particles at :math:`x_T`, and other latents from their prior."""
     factors, twist = sampler.factors, sampler.twist
     kernel = factors.prior.diffusion.kernel
-    x_key, draw_key, latent_key, noise_key, rng_key = jax.random.split(rng_key, 5)
+    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(rng_key, 5)
     batch = (num_particles, num_chains * factors.num_systems)
     shape = (*batch, *factors.state_shape)
     latents = factors.draw_latents(latent_key, (num_particles, num_chains))
-    noise = jax.random.uniform(noise_key, (NUM_DRAWS, *factors.state_shape), float)
     exact = factors.exact() if not factors.is_discrete else _nothing_exact(factors)
     inner = factors.state_shape[: len(factors.state_shape) - kernel.event_ndim]
     log_weights = jnp.zeros(batch)
     if twist.starts:
         start = predict_start(factors.process(num_chains), (*batch, *inner))
-        guide = _finite_guide(twist(factors, exact, start._replace(rates=_after(start.rates)), latents, noise)).guide
+        guide = _finite_guide(
+            twist(factors, exact, start._replace(rates=_after(start.rates)), latents, twist_key)
+        ).guide
         x, log_weights = guide.draw(draw_key, shape)
     else:
         x = kernel.stationary().sample(x_key, (*batch, *inner))
     lineage = jnp.broadcast_to(jnp.arange(num_particles)[:, None], batch)
     t = jnp.asarray(sampler.num_timesteps)
     zeros = jnp.zeros(batch)
-    return SMCState(t, kernel.as_state(x), latents, log_weights, zeros, zeros[0], lineage, exact, noise, rng_key)
+    return SMCState(t, kernel.as_state(x), latents, log_weights, zeros, zeros[0], lineage, exact, twist_key, rng_key)
 
 
 def step(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo]:
@@ -174,7 +174,7 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
 
     def guided(x: Array, latents: Latents, fallback: Array) -> tuple[Guided, Array]:
-        found = twist(factors, state.exact, predict_at(x), latents, state.noise)
+        found = twist(factors, state.exact, predict_at(x), latents, state.twist_key)
         return _with_fallback(found, fallback)
 
     is_start = state.t == sampler.num_timesteps
@@ -196,11 +196,11 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
         prediction, fallback = predict_at(x), found.log_twist
 
         def log_target(u: Latents) -> Array:
-            value, _ = _with_fallback(twist(factors, state.exact, prediction, u, state.noise), fallback)
+            value, _ = _with_fallback(twist(factors, state.exact, prediction, u, state.twist_key), fallback)
             return value.log_twist + factors.read(prediction.x_0, u).log_prior
 
         moved, acceptance = _move(move_key, factors, latents, log_target, sampler.num_moves)
-        found, _ = _with_fallback(twist(factors, state.exact, prediction, moved, state.noise), fallback)
+        found, _ = _with_fallback(twist(factors, state.exact, prediction, moved, state.twist_key), fallback)
         return x, moved, lineage, found, acceptance
 
     def keep(parts: Any) -> Any:
@@ -484,7 +484,7 @@ class SMC:
         """Effective sample size of the weights at t = T…0, shape ``(T + 1, num_chains, *systems)``; the last is that of
         the draws of x."""
         run = self._done
-        return run.infos.ess.reshape(-1, *run.log_evidences.shape)[::-1]
+        return np.asarray(run.infos.ess).reshape(-1, *run.log_evidences.shape)[::-1]
 
     @property
     def twist_rules(self) -> dict[str, str]:
@@ -511,9 +511,9 @@ class SMC:
         run, samples = self._done, self.get_samples()
         rows = []
         for name, values in samples.items():
-            values = np.asarray(values, np.float64).reshape(len(values), -1)
-            shape = samples[name].shape[1:]
-            for i, column in enumerate(values.T[: max_rows + 1]):
+            shape = values.shape[1:]
+            columns = np.asarray(values, np.float64).reshape(len(values), -1).T
+            for i, column in enumerate(columns[: max_rows + 1]):
                 label = name + (str(list(map(int, np.unravel_index(i, shape)))).replace(" ", "") if shape else "")
                 low, median, high = np.quantile(column, [0.05, 0.5, 0.95])
                 rows.append((label, column.mean(), column.std(), median, low, high))
@@ -691,7 +691,7 @@ def _pooled(factors: Factors, state: SMCState, num_chains: int) -> tuple[Array, 
         a = a.reshape(a.shape[0], num_chains, systems, *a.shape[2:])
         return jnp.moveaxis(a, 1, 0).reshape(-1, systems, *a.shape[3:])
 
-    weights = pool(jnp.broadcast_to(state.log_evidence, state.x.shape[:2]))
+    weights = pool(jnp.broadcast_to(state.log_evidence, state.log_weights.shape))
     key = jax.random.fold_in(state.rng_key, 1)
     return _gather(_systematic(key, weights), jax.tree.map(pool, (state.x, state.latents)))
 

@@ -32,6 +32,10 @@ MOST_ROWS = 64
 LEAST_LOG_SNR = -6.0
 #: A guided step keeps this share of the unguided one's variance in any direction.
 LEAST_VARIANCE = 1e-3
+#: By so much at most, the paper's perturbation changes a bit's log odds.
+LARGEST_TILT = 10.0
+#: Up to so many bits, r is averaged over all words.
+MOST_BITS = 8
 #: Draws of x_0 over which r is averaged where it has no closed form.
 NUM_DRAWS = 32
 
@@ -183,8 +187,7 @@ class Twist(Frozen):
     ) -> Guided:
         r"""The value :math:`r_t(x_t)`, and a step to :math:`x_{t-1}`.
 
-        :param noise: fixed uniform numbers, shape ``(NUM_DRAWS, *state_shape)``, the same at each call, so that a twist
-            that averages over draws is a function of :math:`x_t`.
+        :param rng_key: the same at each call, so that a twist that averages over draws is a function of :math:`x_t`.
         """
         raise NotImplementedError
 
@@ -199,7 +202,7 @@ class Power(Twist):
         self._set(name=name, starts=name == "constant")
 
     def check(self, factors: Factors) -> None:
-        if factors.is_exact and not factors.is_discrete:
+        if factors.is_exact:  # a twist has to be positive
             raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {self.name!r}")
 
     def _power(self, t: Array | int, num_timesteps: int) -> Array:
@@ -214,7 +217,7 @@ class Power(Twist):
         log_r = factors.read(prediction.x_t, latents).log_r
         log_twist = jnp.where(power > 0, power * log_r, 0.0)
         if factors.is_discrete:
-            return Guided(log_twist, _flipped(factors, prediction, latents, next_power, noise))
+            return Guided(log_twist, _perturbed(factors, prediction, latents, next_power, rng_key))
         return Guided(log_twist, _conditioned(factors, exact, _without_look(prediction), latents, next_power).guide)
 
 
@@ -231,7 +234,7 @@ class Lookahead(Twist):
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
     ) -> Guided:
         if factors.is_discrete:
-            return _averaged_bits(factors, prediction, latents, noise)
+            return _averaged_bits(factors, prediction, latents, rng_key)
         log_r, pull = jax.vjp(lambda z: factors.read(z, latents).log_r, prediction.x_0)
         (gradient,) = pull(jnp.ones_like(log_r))
         return Guided(log_r, _shifted(prediction, gradient))
@@ -250,7 +253,8 @@ class Moment(Twist):
 
     def rules(self, factors: Factors) -> dict[str, str]:
         if factors.is_discrete:
-            rule = "bit by bit, exact" if factors.owner is not None else f"averaged over {NUM_DRAWS} draws"
+            over = "all words" if math.prod(factors.state_shape) <= MOST_BITS else f"{NUM_DRAWS} draws"
+            rule = f"averaged over {over}" if factors.owner is None else "bit by bit, in closed form"
             return {site.name: rule for site in factors.observed}
         averaged = f"averaged over {NUM_DRAWS} draws"
         words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
@@ -262,9 +266,9 @@ class Moment(Twist):
     ) -> Guided:
         if factors.is_discrete:
             if factors.owner is None:
-                return _averaged_bits(factors, prediction, latents, noise)
+                return _averaged_bits(factors, prediction, latents, rng_key)
             return _per_bit(factors, prediction, latents)
-        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), noise)
+        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), rng_key)
 
 
 class Custom(Twist):
@@ -347,16 +351,16 @@ def _conditioned(
     prediction: Prediction,
     latents: Latents,
     power: Array,
-    noise: Array | None = None,
+    rng_key: Array | None = None,
 ) -> Guided:
     """The log of the average of r^power over the normal distribution of the prediction, and the step given r."""
     shape = prediction.x_0.shape
     batch, size = shape[:2], math.prod(shape[2:])
     scale = jnp.sqrt(prediction.reverse.variance)
     log_known = jnp.zeros(batch, scale.dtype)
-    if prediction.is_last and exact.index.shape[-1]:
+    if prediction.is_last and exact.where.shape[-1]:
         prediction, scale, log_known = _set_known(exact, prediction, scale)
-        exact = exact._replace(index=exact.index[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
+        exact = exact._replace(where=exact.where[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
 
     def residuals(z: Array) -> tuple[Array, Reading]:
         reading = factors.read(z, latents)
@@ -365,10 +369,10 @@ def _conditioned(
     residual, pull, reading = jax.vjp(residuals, prediction.x_0, has_aux=True)
     covariance = reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny)
     log_value = reading.correction + log_known
-    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.index.shape[-1]
+    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.where.shape[-1]
     shift = jnp.zeros(shape, scale.dtype)
     if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
-        log_other, gradient = _averaged(factors, prediction, latents, noise)
+        log_other, gradient = _averaged(factors, prediction, latents, rng_key)
         log_value += log_other
         shift += power * gradient
     if num_rows == 0:
@@ -378,8 +382,8 @@ def _conditioned(
     # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
     seeds = jnp.broadcast_to(jnp.eye(num_noisy, dtype=scale.dtype)[:, None, None], (num_noisy, *residual.shape))
     rows = -jax.vmap(lambda seed: pull(seed)[0])(seeds)
-    if exact.index.shape[-1]:
-        chains = batch[1] // len(exact.index)
+    if exact.where.shape[-1]:
+        chains = batch[1] // len(exact.where)
         index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
         one_hot = jax.nn.one_hot(index, size, dtype=scale.dtype) * counts[..., None]
         one_hot = jnp.moveaxis(jnp.broadcast_to(one_hot, (batch[0], *one_hot.shape)), 2, 0)
@@ -455,7 +459,7 @@ def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Pred
     """The last step with the coordinates that are known set to their values, and the density of these."""
     shape = prediction.x_0.shape
     batch, size = shape[:2], math.prod(shape[2:])
-    chains = batch[1] // len(exact.index)
+    chains = batch[1] // len(exact.where)
     index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
 
     def row(mean: Array, scale: Array, index: Array, value: Array, counts: Array) -> tuple[Array, Array, Array]:
@@ -499,13 +503,13 @@ def _in_noise(prediction: Prediction, gradient: Array) -> Array:
     return jnp.where(jnp.isfinite(length), shift * jnp.minimum(1, most / jnp.maximum(length, 1e-9)), 0.0)
 
 
-def _averaged(factors: Factors, prediction: Prediction, latents: Latents, noise: Array | None) -> tuple[Array, Array]:
+def _averaged(factors: Factors, prediction: Prediction, latents: Latents, rng_key: Array | None) -> tuple[Array, Array]:
     """The log of the mean of the sites' densities that have no normal form, over fixed draws, and its gradient."""
 
     def value(z: Array) -> Array:
-        if noise is None:  # a twist of the state itself
+        if rng_key is None:  # a twist of the state itself
             return factors.read(z, latents).log_other
-        half = jax.scipy.special.ndtri(jnp.clip(noise[: NUM_DRAWS // 2], 1e-6, 1 - 1e-6))
+        half = jax.random.normal(rng_key, (NUM_DRAWS // 2, *factors.state_shape), z.dtype)
         spread = jnp.sqrt(prediction.variance) * jnp.concatenate([half, -half])[:, None, None]
         log_r = jax.vmap(lambda d: factors.read(z + d, latents).log_other)(spread)
         return jax.nn.logsumexp(jnp.where(jnp.isnan(log_r), -jnp.inf, log_r), axis=0) - math.log(NUM_DRAWS)
@@ -583,41 +587,50 @@ def _per_bit(factors: Factors, prediction: Prediction, latents: Latents) -> Guid
         probs = prediction.x_0.reshape(logits.shape)
         of_x_0 = jnp.log(probs) - jnp.log1p(-probs)
     log_twist = jnp.logaddexp(jax.nn.log_sigmoid(of_x_0) + one, jax.nn.log_sigmoid(-of_x_0) + zero).sum(-1) + rest
-    tilted = _finite(of_x_0 + _difference(one, zero))
+    difference = jnp.where(jnp.isnan(one - zero), 0.0, one - zero)
+    limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
+    tilted = jnp.clip(of_x_0 + difference, -limit, limit)
     return Guided(log_twist, _bits_guide(factors, prediction, logits, tilted))
 
 
-def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, noise: Array) -> Guided:
+def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, rng_key: Array) -> Guided:
     """r averaged over draws of all bits, and the step given how often each bit is 1 under r."""
     probs = prediction.x_0
-    draws = (noise[:, None, None] < probs).astype(probs.dtype)
-    log_r = jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
-    log_twist = jax.nn.logsumexp(log_r, axis=0) - math.log(len(draws))
+    shape, size = probs.shape, math.prod(probs.shape[2:])
+    if size <= MOST_BITS:  # all words, instead of draws
+        words = jnp.stack(jnp.meshgrid(*[jnp.arange(2.0)] * size, indexing="ij"), -1).reshape(-1, size)
+        particles = shape[:2] if latents else (1, shape[1])  # r of a word is the same for all
+        draws = jnp.broadcast_to(words.reshape(-1, 1, 1, *shape[2:]), (len(words), *particles, *shape[2:]))
+        flat = probs.reshape(*shape[:2], size)
+        log_prob = jnp.einsum("ki,psi->kps", words, jnp.log(flat)) + jnp.einsum(
+            "ki,psi->kps", 1 - words, jnp.log1p(-flat)
+        )
+        trust = 1 - 1e-3
+    else:
+        uniform = jax.random.uniform(rng_key, (NUM_DRAWS, *factors.state_shape), probs.dtype)
+        draws = (uniform[:, None, None] < probs).astype(probs.dtype)
+        log_prob = jnp.asarray(-math.log(len(draws)))
+        trust = 1 - 2 / math.sqrt(len(draws))  # what few draws do not show has to stay possible
+    log_r = log_prob + jax.vmap(lambda x: factors.read(x, latents).log_r)(draws)
+    log_twist = jax.nn.logsumexp(log_r, axis=0)
     weights = jax.nn.softmax(log_r, axis=0)
-    tilted = jnp.einsum("kps,kps...->ps...", jnp.where(jnp.isfinite(weights), weights, 1 / len(draws)), draws)
-    # the draws are few: what they do not show has to stay possible
-    trust = (1 - 2 / jnp.sqrt(len(draws))) * jnp.ones(())
-    mixed = (trust * tilted + (1 - trust) * probs).reshape(*probs.shape[:2], -1)
+    weights = jnp.where(jnp.isfinite(weights), weights, 1 / len(draws))
+    tilted = jnp.einsum("kps,kps...->ps...", weights, jnp.broadcast_to(draws, (len(draws), *shape)))
+    mixed = (trust * tilted + (1 - trust) * probs).reshape(*shape[:2], size)
     logits = _flat_logits(prediction)
     mixed = jnp.clip(mixed, jnp.finfo(mixed.dtype).tiny, 1 - jnp.finfo(mixed.dtype).eps)
     return Guided(log_twist, _bits_guide(factors, prediction, logits, jnp.log(mixed) - jnp.log1p(-mixed)))
 
 
-def _flipped(factors: Factors, prediction: Prediction, latents: Latents, power: Array, noise: Array) -> BitsGuide:
-    """The paper's perturbed step, c d / (c d + (1 - c)(1 - d)) per bit (table App. 1), with d from r^power of the bit
-    alone, or flipped in a draw of all bits."""
-    logits = _flat_logits(prediction)
-    if factors.owner is not None:
-        zero, one, _ = _bit_factors(factors, prediction.x_t, latents)
-        return BitsGuide(logits, _finite(logits + power * _difference(one, zero)))
-    shape = prediction.x_t.shape
-    flat = (noise[0].reshape(-1) < jax.nn.sigmoid(logits)).astype(logits.dtype)
+def _perturbed(factors: Factors, prediction: Prediction, latents: Latents, power: Array, rng_key: Array) -> BitsGuide:
+    """The paper's perturbed step, with r^power; no bit becomes impossible by it."""
+    kernel, logits = factors.prior.diffusion.kernel, _flat_logits(prediction)
 
-    def log_r(i: Array, bit: float) -> Array:
-        return factors.read(flat.at[..., i].set(bit).reshape(shape), latents).log_r
+    def log_r(x: Array) -> Array:
+        return power * factors.read(x, latents).log_r
 
-    change = jax.lax.map(lambda i: _difference(log_r(i, 1.0), log_r(i, 0.0)), jnp.arange(flat.shape[-1]))
-    return BitsGuide(logits, _finite(logits + power * jnp.moveaxis(change, 0, -1)))
+    perturbed = _logits(kernel.perturb(rng_key, prediction.reverse, log_r)).reshape(logits.shape)
+    return BitsGuide(logits, logits + jnp.clip(perturbed - logits, -LARGEST_TILT, LARGEST_TILT))
 
 
 def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted: Array) -> BitsGuide:
@@ -627,14 +640,3 @@ def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted:
     x_0 = kernel.bernoulli(tilted.reshape(prediction.x_t.shape))
     guided = _logits(kernel.reverse_given(prediction.x_t, x_0, prediction.rates))
     return BitsGuide(logits, guided.reshape(logits.shape))
-
-
-def _difference(one: Array, zero: Array) -> Array:
-    """log r(1) - log r(0), zero where both are impossible."""
-    difference = one - zero
-    return jnp.where(jnp.isnan(difference), 0.0, difference)
-
-
-def _finite(logits: Array) -> Array:
-    limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
-    return jnp.clip(logits, -limit, limit)

@@ -10,7 +10,7 @@ import pytest
 
 LIGHT = (
     *("bad_input", "bounds", "checkpoint", "fit", "models", "networks", "plotting", "prior", "programs", "readme"),
-    *("trajectories", "transforms", "likelihood", "arviz", "entropies", "exact_verdicts"),
+    *("trajectories", "transforms", "likelihood", "arviz", "entropies", "exact_verdicts", "perturb", "reparam"),
 )
 
 

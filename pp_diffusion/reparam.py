@@ -1,0 +1,120 @@
+"""A prior's site in terms of the noise of its whole trajectory, for NUTS and for continuous guides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+from numpyro.infer.reparam import Reparam
+
+from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.schedules import Rates
+
+
+class TrajectoryReparam(Reparam):
+    r"""Replaces ``numpyro.sample(name, prior)`` by the standard normal noise of the trajectory behind it.
+
+    .. math::
+        x_T = \epsilon_T, \qquad x_{t-1} = f_\mu(x_t, t) + \sqrt{f_\Sigma(x_t, t)}\, \epsilon_{t-1}, \qquad t = T…1
+
+    (eqs. 4–5, the generative model, with its Gaussian steps written out; the last step as the diffusion's
+    ``last_step`` says.) The noise is the sample site ``f"{name}_noise"``, of event shape ``(T + 1, *event_shape)``,
+    entry t being :math:`\epsilon_t`; x becomes a deterministic site, in data units. As the map from noise to x is
+    differentiable and the noise has a density, the model then works with :class:`~numpyro.infer.NUTS` and with
+    :class:`~numpyro.infer.SVI` and an autoguide, and NUTS is right up to its own error: nothing about the prior is
+    approximated.
+
+    For Gaussian kernels. Plates, ``prior.expand`` and ``prior.to_event`` are kept; the prior may depend on other
+    sites, through its ``context`` say.
+
+    **Cost.** T network calls, one after another, for a density; for its gradient T more and their derivatives, because
+    networks are run again rather than stored, so that memory grows by a state for each step. NUTS takes up to 1023
+    gradients for a draw. ``diffusion.prior(params, num_timesteps=20)`` makes a shorter chain, which is its own model.
+
+    **The noise among the draws.** NumPyro stores what it samples, here T + 1 times as much as x. With
+    ``extra_fields=("~z.x_noise",)``, MCMC's own way to leave a site out, ``mcmc.get_samples()`` holds x and the other
+    latents only. What comes after is then done with the model itself, of which x is a site, and not with the
+    reparameterised one, which would draw the missing noise anew: ``Predictive(model, mcmc.get_samples())``,
+    ``log_likelihood(model, mcmc.get_samples(), ...)``. ``mcmc.print_summary(exclude_deterministic=False)`` has x, and
+    ArviZ takes ``az.from_numpyro(mcmc, log_likelihood=False)``.
+
+    :raises ValueError: at the site, if the prior is discrete (use ``pp_diffusion.SMC``), or if the site is observed,
+        masked, scaled, or in a subsampled plate, where noise and x do not have the same meaning.
+    :raises TypeError: at the site, if its distribution is no :class:`~pp_diffusion.DiffusionPrior`.
+
+    .. doctest::
+
+        >>> import jax, numpyro, numpyro.distributions as dist, pp_diffusion as ppd
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> diffusion = ppd.Diffusion(
+        ...     ppd.GaussianKernel((2,)), ppd.FixedSchedule.constant_erasure(5), lambda x_t, t: (x_t * 0, x_t * 0)
+        ... )
+        >>> def model(y=None):
+        ...     x = numpyro.sample("x", diffusion.prior({}))
+        ...     numpyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
+        >>> kernel = NUTS(numpyro.handlers.reparam(model, config={"x": ppd.TrajectoryReparam()}))
+        >>> mcmc = MCMC(kernel, num_warmup=20, num_samples=30, progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), y=3.0, extra_fields=("~z.x_noise",))
+        >>> {name: draws.shape for name, draws in mcmc.get_samples().items()}
+        {'x': (30, 2)}
+    """
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
+        """The value of the site, as NumPyro's ``reparam`` handler asks for it."""
+        if obs is not None:
+            raise ValueError(
+                f"site {name!r} is observed, and TrajectoryReparam is for latent sites: x does not tell its noise. For "
+                "the density of data, use pp_diffusion.estimate_log_prob"
+            )
+        prior, batch_shape, event_dim = self._unwrap(fn)
+        if isinstance(prior, dist.MaskedDistribution) or not (numpyro.get_mask() is None or _is_constant_mask()):
+            raise ValueError(f"site {name!r} is masked, which TrajectoryReparam does not support: mask its likelihood")
+        if not isinstance(prior, DiffusionPrior):
+            raise TypeError(
+                f"TrajectoryReparam needs a DiffusionPrior at site {name!r}, expanded or with to_event; got a "
+                f"{type(prior).__name__}"
+            )
+        kernel = prior.diffusion.kernel
+        if kernel.is_discrete:
+            raise ValueError(
+                f"site {name!r} has a {type(kernel).__name__}, whose draws are discrete: TrajectoryReparam is for "
+                "Gaussian kernels. Use pp_diffusion.SMC(model, ...)"
+            )
+        noise_shape = (*batch_shape, prior.num_timesteps + 1, *prior.event_shape)
+        standard_normal = dist.Normal(0.0, 1.0).expand(noise_shape).to_event(event_dim + 1)
+        with handlers.trace() as trace:
+            noise = numpyro.sample(f"{name}_noise", standard_normal)
+        if any(site.get("scale") is not None for site in trace.values()):
+            raise ValueError(
+                f"site {name!r} is scaled, by handlers.scale or a subsampled plate, which TrajectoryReparam does not "
+                "support: a power of the noise's density is not that power of x's"
+            )
+        return None, _from_noise(prior, noise)
+
+
+def _is_constant_mask() -> bool:
+    return isinstance(numpyro.get_mask(), bool)  # False where densities are not needed, as under Predictive
+
+
+@jax.jit
+def _from_noise(prior: DiffusionPrior, noise: Array) -> Array:
+    """x in data units, of shape ``(*batch, *event_shape)``, from noise of shape ``(*batch, T + 1, *event_shape)``."""
+    process = prior.process
+    kernel, steps = process.kernel, process.rates.at(slice(1, None))
+    noise = jnp.moveaxis(noise, -1 - kernel.event_ndim, 0)
+
+    def step(x: Array, at: tuple[Array, Rates]) -> tuple[Array, None]:
+        noise, rates = at
+        return kernel.from_noise(process(x, rates), noise), None
+
+    step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
+    x_end = kernel.from_noise(kernel.stationary(), noise[-1])
+    x_1, _ = jax.lax.scan(step, x_end, (noise[1:-1], steps), reverse=True)
+    x = kernel.from_noise(process.last(x_1), noise[0])
+    transform = prior.diffusion.transform
+    return x if transform is None else transform(x)
