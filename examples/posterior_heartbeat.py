@@ -77,8 +77,8 @@ def run(
     *,
     num_steps: int | None = None,
     num_timesteps: int = 200,
-    num_particles: int = 512,
-    num_sequences: int = 50,
+    num_particles: int = 256,
+    num_sequences: int = 40,
     figures: Path,
     progress: bool = True,
 ) -> dict[str, Result]:
@@ -120,19 +120,15 @@ def _print(results: dict[str, Result], many: str, setting: str) -> None:
     variation = 0.5 * (np.abs(found.shares - found.exact).sum(-1) + 1 - found.shares.sum(-1))
     misses = found.log_evidence - found.exact_log_evidence
     errors = found.log_evidence_error
-    right = found.shares.argmax(-1) == found.exact.argmax(-1)
+    others = 1 - found.shares.sum(-1)
     print_table(
         f"{many}: SMC beside enumeration",
         ("mean", "largest"),
         [
             ("total variation of the posterior", f"{variation.mean():.4f}", f"{variation.max():.4f}"),
             ("log evidence, SMC less exact (nats)", f"{misses.mean():.4f}", f"{np.abs(misses).max():.4f}"),
-            (
-                "its standard error (nats)",
-                f"{found.log_evidence_error.mean():.4f}",
-                f"{found.log_evidence_error.max():.4f}",
-            ),
-            ("the same sequence is most probable", f"{right.mean():.2f}", ""),
+            ("its standard error (nats)", f"{errors.mean():.4f}", f"{errors.max():.4f}"),
+            ("share of draws that are none of the five", f"{others.mean():.4f}", f"{others.max():.4f}"),
         ],
     )
 
