@@ -239,15 +239,15 @@ def _finite_guide(found: Guided) -> Guided:
         bad = ~jnp.isfinite(guide.guided)
         return found._replace(guide=guide._replace(guided=jnp.where(bad, guide.reverse, guide.guided)))
     fine = jnp.isfinite(found.log_twist)
-    for part in (guide.rows, guide.shares, guide.residual, guide.shift):
+    unguided = {"rows": 0.0, "remaining": 1.0, "residual": 0.0, "shift": 0.0}
+    parts = {name: getattr(guide, name) for name in unguided}
+    for part in parts.values():
         fine &= jnp.isfinite(part).all(tuple(range(2, part.ndim)))
 
-    def zero(part: Array) -> Array:
-        return jnp.where(fine.reshape(fine.shape + (1,) * (part.ndim - 2)), part, 0.0)
+    def choose(part: Array, otherwise: float) -> Array:
+        return jnp.where(fine.reshape(fine.shape + (1,) * (part.ndim - 2)), part, otherwise)
 
-    guide = guide._replace(
-        rows=zero(guide.rows), shares=zero(guide.shares), residual=zero(guide.residual), shift=zero(guide.shift)
-    )
+    guide = guide._replace(**{name: choose(part, unguided[name]) for name, part in parts.items()})
     return Guided(jnp.where(fine, found.log_twist, jnp.nan), guide)
 
 

@@ -113,7 +113,7 @@ class NormalGuide(NamedTuple):
     :ivar mean: of p; shape ``(P, S, D)``, as all that has D.
     :ivar scale: its standard deviations.
     :ivar rows: B, shape ``(P, S, K, D)``, orthogonal.
-    :ivar shares: their squared lengths, in [0, 1).
+    :ivar remaining: the variance that is left along each of them, 1 less its squared length, in (0, 1].
     :ivar residual: e, shape ``(P, S, K)``.
     :ivar shift: s, by the gradient of what is not normal (eq. 61).
     :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, S)``.
@@ -122,7 +122,7 @@ class NormalGuide(NamedTuple):
     mean: Array
     scale: Array
     rows: Array
-    shares: Array
+    remaining: Array
     residual: Array
     shift: Array
     log_known: Array
@@ -130,7 +130,7 @@ class NormalGuide(NamedTuple):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
         free = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
-        kept = jnp.sqrt(1 - self.shares)
+        kept = jnp.sqrt(self.remaining)
         along = jnp.einsum("pskd,psd->psk", self.rows, free)
         moved = jnp.einsum("pskd,psk->psd", self.rows, self.residual - along / (1 + kept)) + self.shift
         log_ratio = -0.5 * (moved * (2 * free + moved)).sum(-1) + jnp.log(kept).sum(-1) + self.log_known
@@ -183,7 +183,7 @@ class Twist(Frozen):
 
     @abstractmethod
     def __call__(
-        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
     ) -> Guided:
         r"""The value :math:`r_t(x_t)`, and a step to :math:`x_{t-1}`.
 
@@ -209,7 +209,7 @@ class Power(Twist):
         return jnp.ones(()) if self.name == "constant" else 1 - jnp.asarray(t, dtype=float) / num_timesteps
 
     def __call__(
-        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
     ) -> Guided:
         total = factors.prior.num_timesteps
         t = prediction.rates.t
@@ -231,7 +231,7 @@ class Lookahead(Twist):
         Power.check(self, factors)  # type: ignore[arg-type]
 
     def __call__(
-        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
     ) -> Guided:
         if factors.is_discrete:
             return _averaged_bits(factors, prediction, latents, rng_key)
@@ -262,7 +262,7 @@ class Moment(Twist):
         return {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
 
     def __call__(
-        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
     ) -> Guided:
         if factors.is_discrete:
             if factors.owner is None:
@@ -286,7 +286,7 @@ class Custom(Twist):
     check = Lookahead.check
 
     def __call__(
-        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, noise: Array
+        self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
     ) -> Guided:
         def log_r(z: Array) -> Array:
             return factors.read(z, latents).log_r
@@ -405,26 +405,29 @@ def _conditioned(
     rows, products, scale = flat(rows), flat(products), scale.reshape(*batch, size)
     cross = rows * scale[..., None, :] if prediction.is_last else prediction.slope * products / scale[..., None, :]
     spread = jnp.einsum("pskd,psld->pskl", rows, products)
-    least = LEAST_VARIANCE * jnp.mean(
-        jnp.einsum("pskd,psd->psk", rows**2, prediction.variance.reshape(*batch, size)), -1
-    )
-    noise_variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    covariance = covariance + _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), least)
+    noise = covariance
+    if not prediction.is_last:
+        diagonal = jnp.einsum("pskd,psd,psld->pskl", rows, prediction.variance.reshape(*batch, size), rows)
+        spread = _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), diagonal + noise)
+    covariance = noise + spread
     whiten, log_det = _inverse_root(covariance)
     cross = jnp.einsum("pskl,psld->pskd", whiten, cross)
     shares, basis = _eigh(jnp.einsum("pskd,psld->pskl", cross, cross))
-    kept = jnp.clip(shares, 0.0, 1 - LEAST_VARIANCE)
-    shrink = jnp.sqrt(kept / jnp.maximum(shares, jnp.finfo(shares.dtype).tiny))
+    whiten = jnp.einsum("pslk,pslm->pskm", basis, whiten)
+    of_noise = jnp.einsum("pskl,pslm,pskm->psk", whiten, noise, whiten)
+    of_x_0 = jnp.maximum(1 - of_noise - shares, LEAST_VARIANCE * (1 - of_noise))
+    remaining = of_noise if prediction.is_last else of_noise + of_x_0
+    remaining = jnp.clip(remaining, jnp.finfo(scale.dtype).eps, 1.0)
+    shrink = jnp.sqrt((1 - remaining) / jnp.maximum(shares, jnp.finfo(shares.dtype).tiny))
     cross = jnp.einsum("pslk,psld->pskd", basis, cross) * shrink[..., None]
     white = jnp.einsum("pskl,psl->psk", whiten, residual)
     log_value += -0.5 * (white**2).sum(-1) - 0.5 * (log_det + num_rows * math.log(2 * math.pi))
-    log_value += _discrepancy(reading.discrepancy, noise_variance, covariance)
-    white = jnp.einsum("pslk,psl->psk", basis, white)
+    log_value += _discrepancy(reading.discrepancy, jnp.diagonal(noise, axis1=-2, axis2=-1), covariance)
     shift = _in_noise(prediction, shift).reshape(*batch, size)
     mean = prediction.reverse.mean.reshape(*batch, size)
     if prediction.is_last:
         mean = prediction.x_0.reshape(*batch, size)
-    return Guided(log_value, NormalGuide(mean, scale, cross, kept, white, shift, log_known))
+    return Guided(log_value, NormalGuide(mean, scale, cross, remaining, white, shift, log_known))
 
 
 def _by_diagonal(
@@ -527,11 +530,17 @@ def _padded(covariance: Array, diagonal: Array) -> Array:
     return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
 
 
-def _clipped(matrix: Array, least: Array) -> Array:
-    """A symmetric matrix with eigenvalues of at least ``least``: a trained network's Jacobian is no covariance."""
-    values, vectors = _eigh(matrix)
-    values = jnp.maximum(values, least[..., None])
-    return jnp.einsum("psik,psk,psjk->psij", vectors, values, vectors)
+def _clipped(matrix: Array, scale: Array) -> Array:
+    """A symmetric matrix made positive, relative to ``scale``: a trained network's Jacobian is no covariance."""
+    if matrix.shape[-1] == 1:
+        return jnp.maximum(matrix, LEAST_VARIANCE * scale)
+    tiny = 1e-6 * jnp.trace(scale, axis1=-2, axis2=-1)[..., None, None]
+    root = jnp.linalg.cholesky(scale + tiny * jnp.eye(scale.shape[-1], dtype=scale.dtype))
+    whiten = jax.scipy.linalg.solve_triangular(root, matrix, lower=True)
+    whiten = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(whiten, -1, -2), lower=True)
+    values, vectors = _eigh(whiten)
+    back = jnp.einsum("psik,pskl->psil", root, vectors)
+    return jnp.einsum("psik,psk,psjk->psij", back, jnp.maximum(values, LEAST_VARIANCE), back)
 
 
 def _inverse_root(matrix: Array) -> tuple[Array, Array]:
