@@ -315,8 +315,8 @@ class Factors(Frozen):
             if site.kind == EXACT:
                 message = trace[site.name]
                 indices.append(self.known[site.name])
-                weight = jnp.broadcast_to(_weights(message), jnp.shape(message["value"]))
-                for found, a in ((values, jnp.asarray(message["value"], float)), (weights, weight)):
+                value = _value(message).astype(float)
+                for found, a in ((values, value), (weights, jnp.broadcast_to(_weights(message), value.shape))):
                     found.append(site.layout.split(a).reshape(systems, -1))
         where, y, weight = (jnp.concatenate(part, -1) for part in (indices, values, weights))
         counts = weight > 0
@@ -385,7 +385,8 @@ def _describe(draft: Factors) -> Factors:
     if not any(name in depends[n] for n in observed):
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
     kept = {n: m for n, m in latents.items() if n not in dropped}
-    shared = [f for f in message["cond_indep_stack"] if all(_has(m, f) for m in (*kept.values(), *observed.values()))]
+    plates = sorted(message["cond_indep_stack"], key=lambda frame: frame.dim)  # as the axes of x
+    shared = [frame for frame in plates if all(_has(m, frame) for m in (*kept.values(), *observed.values()))]
     for systems in (shared, []):
         draft = _with_layout(draft, message, systems)
         sites = {n: _layout(m, systems) for n, m in {**kept, **observed}.items()}
@@ -501,8 +502,12 @@ def _with_layout(draft: Factors, message: Any, frames: list[Any]) -> Factors:
 
 def _are_independent(draft: Factors) -> bool:
     """Whether x of the first system leaves the others' r alone, as the plate says it does."""
-    if draft.num_systems == 1:
-        return True
+    return draft.num_systems == 1 or bool(np.array_equal(*_others(draft), equal_nan=True))
+
+
+@jax.jit
+def _others(draft: Factors) -> tuple[Array, Array]:
+    """log r of all systems but the first, for two states of the first."""
     latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
     kernel = draft.prior.diffusion.kernel
     z = kernel.as_state(kernel.stationary().sample(jax.random.key(1), (2, draft.num_systems)))
@@ -511,8 +516,8 @@ def _are_independent(draft: Factors) -> bool:
     )
     z = z.reshape(2, draft.num_systems, *draft.state_shape)
     changed = z[0].at[0].set(z[1, 0] if not draft.is_discrete else 1 - z[0, 0])
-    first, second = (draft._read_one(state, latents).log_r[1:] for state in (z[0], changed))
-    return bool(np.array_equal(first, second, equal_nan=True))
+    first, second = jax.lax.map(lambda state: draft._read_one(state, latents).log_r[1:], jnp.stack([z[0], changed]))
+    return first, second
 
 
 def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
@@ -526,7 +531,7 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
         x = jnp.asarray(values.reshape(shape))
         again, _ = draft.trace(x, {})
         message = again[site.name]
-        return np.asarray(jnp.broadcast_to(_unwrap(message["fn"]).base.v, jnp.shape(message["value"])), np.float64)
+        return np.asarray(jnp.broadcast_to(_unwrap(message["fn"]).base.v, jnp.shape(_value(message))), np.float64)
 
     index = shown(positions)
     inside = (index == np.round(index)) & (index >= 0) & (index < size)
@@ -541,12 +546,12 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
             f"site {site.name!r}: an exact observation needs a transform that acts on each coordinate alone; "
             f"{type(transform).__name__} does not"
         )
-    value, weight = trace[site.name]["value"], np.asarray(_weights(trace[site.name]))
-    outside = ~np.asarray(_base_constraint(draft.prior.support)(value)) & np.broadcast_to(weight > 0, jnp.shape(value))
+    value, weight = np.asarray(_value(trace[site.name])), np.asarray(_weights(trace[site.name]))
+    outside = ~np.asarray(_base_constraint(draft.prior.support)(value)) & np.broadcast_to(weight > 0, value.shape)
     if outside.any():
         raise ValueError(
             f"site {site.name!r}: observed values must be in the support of {draft.name!r}; "
-            f"{np.asarray(value)[outside].flat[0]} is not"
+            f"{value[outside].flat[0]} is not"
         )
     where = draft._layout.split(positions.reshape(shape)).reshape(draft.num_systems, -1).astype(int)
     place = np.empty(size, int)  # from a position in x to one in its system
@@ -693,6 +698,12 @@ def _scaled(message: Any, log_prob: Array) -> Array:
     return log_prob if message["scale"] is None else log_prob * message["scale"]
 
 
+def _value(message: Any) -> Array:
+    """An observed value, in the shape that it is compared in: one number may be observed of many."""
+    value = jnp.asarray(message["value"])
+    return jnp.broadcast_to(value, jnp.broadcast_shapes(value.shape, message["fn"].shape()))
+
+
 def _weights(message: Any) -> Array:
     """How often each entry of the base's batch shape counts: the scale, and zero where masked."""
     _, event_ndim, mask = _unwrap(message["fn"])
@@ -703,7 +714,7 @@ def _weights(message: Any) -> Array:
 
 def _log_prob_elements(message: Any) -> Array:
     base, _, _ = _unwrap(message["fn"])
-    value, weights = message["value"], _weights(message)
+    value, weights = _value(message), _weights(message)
     if isinstance(base, dist.Delta):  # whose own log density is one number per event
         log_prob = jnp.where(base.v == value, 0.0, -jnp.inf)
         weights = weights.reshape(weights.shape + (1,) * base.event_dim)
@@ -715,7 +726,7 @@ def _log_prob_elements(message: Any) -> Array:
 def _normal_part(site: Site, message: Any, systems: int) -> _NormalPart:
     """One site's observations as normal ones."""
     base, _, _ = _unwrap(message["fn"])
-    value, weights, split = jnp.asarray(message["value"], dtype=float), _weights(message), site.layout.split
+    value, weights, split = _value(message).astype(float), _weights(message), site.layout.split
     shape = value.shape if site.kind != MULTIVARIATE else value.shape[:-1]
     weights = jnp.broadcast_to(weights, shape)
     used, weights = weights > 0, jnp.where(weights > 0, weights, 1.0)
@@ -739,7 +750,7 @@ def _normal_part(site: Site, message: Any, systems: int) -> _NormalPart:
             correction = 0.5 * (log_normalizer - jnp.log(weights)) - 0.5 * weights * log_normalizer
             discrepancy = jnp.zeros(shape)
         else:
-            inside = jnp.where(used, message["value"], base.support.feasible_like(jnp.zeros(shape)))
+            inside = jnp.where(used, _value(message), base.support.feasible_like(jnp.zeros(shape)))
             as_normal = -0.5 * (log_normalizer - jnp.log(weights) + weights * residual**2 / variance)
             correction = jnp.zeros(shape)
             discrepancy = jnp.where(used, weights * base.log_prob(inside) - as_normal, 0.0)

@@ -11,6 +11,7 @@ import pytest
 LIGHT = (
     *("bad_input", "bounds", "checkpoint", "fit", "models", "networks", "plotting", "prior", "programs", "readme"),
     *("trajectories", "transforms", "likelihood", "arviz", "entropies", "exact_verdicts", "perturb", "reparam"),
+    *("factors", "smc"),
 )
 
 
