@@ -29,7 +29,7 @@ from pp_diffusion.schedules import Rates
 #: Up to so many observed numbers per x, the moment twist keeps their whole covariance; above, its diagonal.
 MOST_ROWS = 64
 #: Below this log-SNR, Tweedie's covariance is taken from the variance of the reverse step, not from the Jacobian.
-LEAST_LOG_SNR = -6.0
+LEAST_LOG_SNR = -12.0
 #: A guided step keeps this share of the unguided one's variance in any direction.
 LEAST_VARIANCE = 1e-3
 #: By so much at most, the paper's perturbation changes a bit's log odds.

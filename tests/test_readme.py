@@ -15,12 +15,16 @@ def test_scripts_run(tmp_path, monkeypatch, capsys):
         .replace("4_000", "20")
         .replace("50_000", "600, 100")
         .replace("constant_erasure(2000)", "constant_erasure(20)")
+        .replace("num_warmup=500, num_samples=1000", "num_warmup=2, num_samples=3, progress_bar=False")
+        .replace("num_particles=1024", "num_particles=32, progress_bar=False")
     )
     script = script.replace("progress_bar=True", "progress_bar=False")
     scope: dict = {}
     exec(compile(script, "README.md", "exec"), scope)
     assert scope["x"].shape == (1000, 2)
-    assert scope["simulated"]["y"].shape == (100, 10)
+    assert scope["simulated"]["y"].shape == (100, 1)
+    assert scope["replicated"]["y"].shape == (32, 1)
+    assert set(scope["mcmc"].get_samples()) == {"x", "sigma"}
     assert scope["samples"].shape == (100, 2)
     assert "K - L_null" in capsys.readouterr().out
 
