@@ -576,22 +576,25 @@ def _owners(draft: Factors) -> Array | None:
         return None
     draft = draft.replace(owner=jnp.zeros(()))  # so that the elements are read
     latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
-    size, systems = math.prod(draft.state_shape), draft.num_systems
-
-    @jax.jit
-    def depends_on(key: Array) -> Array:
-        def elements(z: Array) -> Array:
-            return draft._read_one(z.reshape(systems, *draft.state_shape), latents).elements
-
-        bits = jax.random.bernoulli(key, 0.5, (systems, size)).astype(float)
-        before = elements(bits)
-        return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
-
-    depends = depends_on(jax.random.key(0)) | depends_on(jax.random.key(1))
+    size = math.prod(draft.state_shape)
+    depends = _depends_on(draft, latents, jax.random.key(0)) | _depends_on(draft, latents, jax.random.key(1))
     count = depends.sum(0)
     if (count > 1).any():
         return None
     return jnp.where(count == 0, size, jnp.argmax(depends, 0))
+
+
+@jax.jit
+def _depends_on(factors: Factors, latents: Latents, rng_key: Array) -> Array:
+    """Whether each observed number changes with each bit, around a random word: shape ``(D, S, k)``."""
+    systems, size = factors.num_systems, math.prod(factors.state_shape)
+
+    def elements(z: Array) -> Array:
+        return factors._read_one(z.reshape(systems, *factors.state_shape), latents).elements
+
+    bits = jax.random.bernoulli(rng_key, 0.5, (systems, size)).astype(float)
+    before = elements(bits)
+    return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
 
 
 def _names(names: Any) -> str:

@@ -446,9 +446,7 @@ class SMC:
         sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves)
         state = _init(rng_key, sampler, self.num_particles, self.num_chains)
         total = sampler.num_timesteps
-        infos = jax.tree.map(
-            lambda a: jnp.zeros((total + 1, *a.shape), a.dtype), jax.eval_shape(finish, sampler, state)[1]
-        )
+        infos = _no_infos(state, total)
         segment = max(1, -(-(total - 1) // 20)) if self.progress_bar else max(1, total - 1)
         with tqdm(total=total, desc="SMC", unit="step", disable=not self.progress_bar) as bar:
             done = 0
@@ -658,6 +656,12 @@ class _Run:
 @partial(jax.jit, static_argnames=("num_particles", "num_chains"))
 def _init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int) -> SMCState:
     return init(rng_key, sampler, num_particles, num_chains)
+
+
+def _no_infos(state: SMCState, num_timesteps: int) -> SMCInfo:
+    """Room for what happens at t = 0…T."""
+    zeros = jnp.zeros((num_timesteps + 1, *state.log_evidence.shape), state.log_evidence.dtype)
+    return SMCInfo(zeros, zeros.astype(bool), zeros.astype(int), zeros)
 
 
 @jax.jit

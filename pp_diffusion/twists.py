@@ -202,8 +202,7 @@ class Power(Twist):
         self._set(name=name, starts=name == "constant")
 
     def check(self, factors: Factors) -> None:
-        if factors.is_exact:  # a twist has to be positive
-            raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {self.name!r}")
+        _refuse_exact(self.name, factors)
 
     def _power(self, t: Array | int, num_timesteps: int) -> Array:
         return jnp.ones(()) if self.name == "constant" else 1 - jnp.asarray(t, dtype=float) / num_timesteps
@@ -228,7 +227,7 @@ class Lookahead(Twist):
     name = "lookahead"
 
     def check(self, factors: Factors) -> None:
-        Power.check(self, factors)  # type: ignore[arg-type]
+        _refuse_exact(self.name, factors)
 
     def __call__(
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
@@ -283,7 +282,8 @@ class Custom(Twist):
     def __init__(self, function: Callable) -> None:
         self._set(name=getattr(function, "__name__", "custom"), function=function)
 
-    check = Lookahead.check
+    def check(self, factors: Factors) -> None:
+        _refuse_exact(self.name, factors)
 
     def __call__(
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
@@ -328,6 +328,11 @@ def as_twist(twist: Any) -> Twist:
     if callable(twist):
         return Custom(twist)
     raise ValueError(f"twist must be one of {', '.join(map(repr, TWISTS))}, or a function; got {twist!r}")
+
+
+def _refuse_exact(name: str, factors: Factors) -> None:
+    if factors.is_exact:  # r of a state, or at one prediction, is zero almost everywhere, and a twist is positive
+        raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {name!r}")
 
 
 # --- continuous states ---------------------------------------------------------------------------------------------

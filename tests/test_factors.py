@@ -121,7 +121,7 @@ def counts(prior, y=jnp.array([3, 0])):
 
 def factor(prior, y=Y):
     x = numpyro.sample("x", prior)
-    numpyro.factor("r", -jnp.abs(x - y).sum() ** 1.5)
+    numpyro.factor("r", -(jnp.abs(x - y).sum() ** 1.5))
 
 
 def several(prior, y=Y):
@@ -230,7 +230,9 @@ def sites_in_outer_plate(prior, y=jnp.linspace(-1, 1, 4).reshape(2, 2)):
         offset = numpyro.sample("offset", dist.Normal(0.0, 1.0))
         with numpyro.plate("n", 3, dim=-1):
             x = numpyro.sample("x", prior)
-            numpyro.sample("y", dist.Normal(x.mean(1, keepdims=True) + offset[..., None], 0.5).to_event(1), obs=y[:, None])
+            numpyro.sample(
+                "y", dist.Normal(x.mean(1, keepdims=True) + offset[..., None], 0.5).to_event(1), obs=y[:, None]
+            )
 
 
 def one_value_for_all(prior, y=0.3):
