@@ -188,9 +188,9 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     log_weights = state.log_weights + found.log_twist
     ess = _ess(log_weights)
     needed = ess < sampler.ess_threshold * len(log_weights)
-    index = jnp.where(needed, _systematic(resample_key, log_weights), jnp.arange(len(log_weights))[:, None])
 
     def resample(parts: Any) -> Any:
+        index = jnp.where(needed, _systematic(resample_key, log_weights), jnp.arange(len(log_weights))[:, None])
         (x, latents, lineage, found), acceptance = _gather(index, parts), jnp.full(ess.shape, jnp.nan)
         if not (factors.latents and sampler.num_moves):
             return x, latents, lineage, found, acceptance
