@@ -174,16 +174,13 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     factors, twist = sampler.factors, sampler.twist
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
 
-    def guided(x: Array, latents: Latents, fallback: Array) -> tuple[Guided, Array]:
-        found = twist(factors, state.exact, predict_at(x), latents, state.twist_key)
-        return _with_fallback(found, fallback)
-
-    is_start = state.t == sampler.num_timesteps
-    found, is_finite = guided(state.x, state.latents, state.log_twist)
+    found = _finite_guide(twist(factors, state.exact, predict_at(state.x), state.latents, state.twist_key))
+    is_finite = jnp.isfinite(found.log_twist)
     # at T nothing comes before: what is not finite counts as the least of what is
     least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
-    least = jnp.where(jnp.isfinite(least), least, 0.0)
-    found = found._replace(log_twist=jnp.where(is_start & ~is_finite, least, found.log_twist))
+    at_start = jnp.where(jnp.isfinite(least), least, 0.0) + 0 * state.log_twist
+    fallback = jnp.where(state.t == sampler.num_timesteps, at_start, state.log_twist)
+    found = found._replace(log_twist=jnp.where(is_finite, found.log_twist, fallback))
 
     log_weights = state.log_weights + found.log_twist
     ess = _ess(log_weights)
@@ -194,16 +191,18 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
         (x, latents, lineage, found), acceptance = _gather(index, parts), jnp.full(ess.shape, jnp.nan)
         if not (factors.latents and sampler.num_moves):
             return x, latents, lineage, found, acceptance
-        prediction, fallback = predict_at(x), found.log_twist
+        prediction, before = predict_at(x), _gather(index, fallback)
+
+        def guided(u: Latents) -> Guided:
+            found = _finite_guide(twist(factors, state.exact, prediction, u, state.twist_key))
+            return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, before))
 
         def log_target(u: Latents) -> Array:
-            value, _ = _with_fallback(twist(factors, state.exact, prediction, u, state.twist_key), fallback)
-            return value.log_twist + factors.read(prediction.x_0, u).log_prior
+            return guided(u).log_twist + factors.read(prediction.x_0, u).log_prior
 
         log_now = found.log_twist + factors.read(prediction.x_0, latents).log_prior
         moved, acceptance = _move(move_key, factors, latents, log_target, log_now, sampler.num_moves)
-        found, _ = _with_fallback(twist(factors, state.exact, prediction, moved, state.twist_key), fallback)
-        return x, moved, lineage, found, acceptance
+        return x, moved, lineage, guided(moved), acceptance
 
     def keep(parts: Any) -> Any:
         return *parts, jnp.full(ess.shape, jnp.nan)
@@ -228,14 +227,8 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     return state, info
 
 
-def _with_fallback(found: Guided, fallback: Array) -> tuple[Guided, Array]:
-    """The twist left as it was, and the step unguided, where their values are not finite."""
-    found = _finite_guide(found)
-    is_finite = jnp.isfinite(found.log_twist)
-    return found._replace(log_twist=jnp.where(is_finite, found.log_twist, fallback)), is_finite
-
-
 def _finite_guide(found: Guided) -> Guided:
+    """With steps unguided where any part of them is not finite, and the twist NaN there."""
     guide = found.guide
     if not isinstance(guide, NormalGuide):
         bad = ~jnp.isfinite(guide.guided)
@@ -596,6 +589,8 @@ class _Run:
         )
         found = "; ".join(f"{name}: {rule}" for name, rule in self.rules.items())
         lines.append(f"twist {self.sampler.twist.name!r}: {found}")
+        ancestors = [len(np.unique(column)) for column in np.asarray(self.state.lineage).T]
+        lines.append(f"the draws descend from {min(ancestors)} particles at t = T, in the system with the fewest")
         if flat := int(infos.num_flat[1:].sum()):
             lines.append(f"the likelihood was not finite at {flat} predictions of x, which were left unguided")
         if not np.isnan(infos.acceptance).all():
