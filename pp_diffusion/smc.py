@@ -26,7 +26,6 @@ from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_mo
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.twists import (
     Guided,
-    NormalGuide,
     Prediction,
     Twist,
     as_twist,
@@ -229,21 +228,8 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
 
 def _finite_guide(found: Guided) -> Guided:
     """With steps unguided where any part of them is not finite, and the twist NaN there."""
-    guide = found.guide
-    if not isinstance(guide, NormalGuide):
-        bad = ~jnp.isfinite(guide.guided)
-        return found._replace(guide=guide._replace(guided=jnp.where(bad, guide.reverse, guide.guided)))
-    fine = jnp.isfinite(found.log_twist)
-    unguided = {"rows": 0.0, "remaining": 1.0, "residual": 0.0, "shift": 0.0}
-    parts = {name: getattr(guide, name) for name in unguided}
-    for part in parts.values():
-        fine &= jnp.isfinite(part).all(tuple(range(2, part.ndim)))
-
-    def choose(part: Array, otherwise: float) -> Array:
-        return jnp.where(fine.reshape(fine.shape + (1,) * (part.ndim - 2)), part, otherwise)
-
-    guide = guide._replace(**{name: choose(part, unguided[name]) for name, part in parts.items()})
-    return Guided(jnp.where(fine, found.log_twist, jnp.nan), guide)
+    fine = jnp.isfinite(found.log_twist) & found.guide.is_finite
+    return Guided(jnp.where(fine, found.log_twist, jnp.nan), found.guide.where(fine))
 
 
 def _after(rates: Any) -> Any:
