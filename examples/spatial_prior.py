@@ -113,8 +113,8 @@ class Result(NamedTuple):
 
 
 def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, y: Any, num_particles: int, *, progress: bool) -> Result:
-    """All data sets in one run."""
-    smc = ppd.SMC(model, num_particles=num_particles, progress_bar=progress)
+    """All data sets in one run. The default twist would need a covariance of all counts for each particle and move."""
+    smc = ppd.SMC(model, num_particles=num_particles, twist="lookahead", progress_bar=progress)
     smc.run(rng_key, prior, y)  # compiles
     started = time.perf_counter()
     smc.run(rng_key, prior, y)
@@ -147,9 +147,9 @@ def by_nuts(rng_key: jax.Array, y: Any, num_samples: int, *, progress: bool) -> 
 
 def run(
     *,
-    num_steps: int = 8_000,
-    num_data_sets: int = 40,
-    num_particles: int = 512,
+    num_steps: int = 6_000,
+    num_data_sets: int = 24,
+    num_particles: int = 1024,
     num_samples: int = 500,
     figures: Path,
     progress: bool = True,

@@ -324,7 +324,7 @@ class Factors(Frozen):
         target = jnp.where(counts, where, size)  # what does not count is written nowhere
         x = jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, target, y)
         transform = self.prior.diffusion.transform
-        if transform is None:
+        if transform is None or not self.is_exact:  # a transform may join the coordinates, where none is known
             return Exact(where, jnp.take_along_axis(x, where, -1), counts, jnp.zeros(systems))
         x = x.reshape(systems, *self.state_shape)
         z = transform.inv(x)
