@@ -70,7 +70,8 @@ class SMCInfo(NamedTuple):
 
     :ivar ess: effective sample size of the weights, under the twist at this t.
     :ivar resampled: whether it was so small that particles were resampled.
-    :ivar num_flat: particles whose twist was not finite, and was left as it was a step before.
+    :ivar num_flat: particles whose twist was not finite, and was left as it was a step before; at the end, those whose
+        likelihood is NaN or infinite.
     :ivar acceptance: of the moves of other latents; NaN without.
     """
 
@@ -146,6 +147,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
     log_weights = state.log_weights + log_r - jnp.tile(state.exact.log_det, chains)
     ess, log_mean = _ess(log_weights), _log_mean(log_weights)
+    num_bad = (jnp.isnan(log_r) | jnp.isposinf(log_r)).sum(0)  # zero is a likelihood
     key, move_key, rng_key = jax.random.split(state.rng_key, 3)
     index = _systematic(key, log_weights)
     x, latents, lineage, log_joint = _gather(index, (state.x, state.latents, state.lineage, log_joint))
@@ -165,8 +167,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
         log_evidence=state.log_evidence + log_mean,
         rng_key=rng_key,
     )
-    none = jnp.zeros(ess.shape, int)
-    return state, info, SMCInfo(ess, jnp.ones(ess.shape, bool), none, acceptance)
+    return state, info, SMCInfo(ess, jnp.ones(ess.shape, bool), num_bad, acceptance)
 
 
 def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction]) -> tuple[SMCState, SMCInfo]:
@@ -419,8 +420,9 @@ class SMC:
         :param kwargs: its keyword arguments.
         :raises ValueError: if the model is none that SMC serves (see :func:`pp_diffusion.factors.read_model`), or its
             likelihood is zero at every particle.
-        :raises FloatingPointError: if the likelihood is NaN at an :math:`x_0`.
+        :raises FloatingPointError: if the likelihood is NaN or infinite at an :math:`x_0`.
         """
+        self._run = None
         factors = read_model(self.model, args, kwargs)
         sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves)
         state = _init(rng_key, sampler, self.num_particles, self.num_chains)
@@ -439,8 +441,9 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        self._run = _Run(sampler, state, jax.tree.map(np.asarray, infos), self.num_chains, args, kwargs)
-        self._run.check()
+        run = _Run(sampler, state, jax.tree.map(np.asarray, infos), self.num_chains, args, kwargs)
+        run.check()
+        self._run = run
 
     @property
     def _done(self) -> _Run:
@@ -554,8 +557,8 @@ class _Run:
         names = ", ".join(repr(site.name) for site in self.sampler.factors.observed)
         if bad := int(self.infos.num_flat[0].sum()):
             raise FloatingPointError(
-                f"the model's likelihood is NaN at {bad} of {self.state.log_weights.size} draws of x; it is that of "
-                f"the sites {names}"
+                f"the model's likelihood is NaN or infinite at {bad} of {self.state.log_weights.size} draws of x; it "
+                f"is that of the sites {names}"
             )
         if np.isneginf(self.log_evidences).all(0).any():
             raise ValueError(f"the model's likelihood is zero at every particle; it is that of the sites {names}")
