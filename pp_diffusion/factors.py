@@ -26,7 +26,7 @@ from pp_diffusion.reverse import ReverseProcess
 
 #: What a twist can make of an observed site.
 NORMAL, MULTIVARIATE, EXACT, MOMENTS = "normal", "multivariate normal", "exact", "moments"
-OTHER, FACTOR = "other", "factor"
+OTHER, FACTOR, CONSTANT = "other", "factor", "constant"
 NUM_WORDS = 32  # at which it is found out which bits an observed number depends on
 SEED = "the seed"  # among the names of sites
 Latents = dict[str, Array]
@@ -396,14 +396,17 @@ def _describe(draft: Factors) -> Factors:
             )
     plates = sorted(message["cond_indep_stack"], key=lambda frame: frame.dim)  # as the axes of x
     shared = [frame for frame in plates if all(_has(m, frame) for m in (*kept.values(), *observed.values()))]
+    constants = {n: m for n, m in found.items() if m["is_observed"] and not depends[n]}
     for systems in (shared, []):
         draft = _with_layout(draft, message, systems)
+        # what depends on nothing is part of the evidence still, if it can be told whose
+        observed |= {n: m for n, m in constants.items() if all(_has(m, frame) for frame in systems)}
         sites = {n: _layout(m, systems) for n, m in {**kept, **observed}.items()}
         draft = draft.replace(
             name=name,
             prior=base,
             latents=tuple(Site(n, "latent", sites[n]) for n in kept),
-            observed=tuple(Site(n, _kind(m, kernel.is_discrete), sites[n]) for n, m in observed.items()),
+            observed=tuple(Site(n, CONSTANT if n in constants else _kind(m), sites[n]) for n, m in observed.items()),
             dropped=dropped,
             known={},
             owner=None,
@@ -493,7 +496,7 @@ def _all_equal(first: Any, second: Any) -> bool:
     return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
-def _kind(message: Any, is_discrete: bool) -> str:
+def _kind(message: Any) -> str:
     base, _, _ = _unwrap(message["fn"])
     if isinstance(base, dist.Normal):
         return NORMAL
@@ -617,7 +620,7 @@ def _owners(draft: Factors) -> Array | None:
 
 @jax.jit
 def _depends_on(factors: Factors, latents: Latents, rng_key: Array, share: Array) -> Array:
-    """Whether each observed number changes with each bit, around a random word with this share of ones: shape ``(D, S, k)``."""
+    """Whether each observed number changes with each bit, around a word with this share of ones: ``(D, S, k)``."""
     systems, size = factors.num_systems, math.prod(factors.state_shape)
 
     def elements(z: Array) -> Array:

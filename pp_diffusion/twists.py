@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from pp_diffusion._frozen import Frozen
-from pp_diffusion.factors import EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
+from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
 
@@ -304,7 +304,7 @@ class Moment(Twist):
             return {site.name: rule for site in factors.observed}
         averaged = f"averaged over {NUM_DRAWS} draws"
         words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
-        words[MOMENTS] = "taken for normal, by its mean and variance"
+        words |= {MOMENTS: "taken for normal, by its mean and variance", CONSTANT: "constant"}
         return {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
 
     def __call__(
