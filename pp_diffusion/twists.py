@@ -576,14 +576,14 @@ def _cholesky(matrix: Array) -> Array:
 
 def _solve_lower(root: Array, vector: Array) -> Array:
     if root.shape[-1] <= 1:
-        return vector / root[..., 0]
+        return vector / root.reshape(vector.shape)
     return jax.scipy.linalg.solve_triangular(root, vector[..., None], lower=True)[..., 0]
 
 
 def _solve(root: Array, vector: Array) -> Array:
     """S⁻¹ vector, by the factor of S."""
     if root.shape[-1] <= 1:
-        return vector / root[..., 0] ** 2
+        return vector / root.reshape(vector.shape) ** 2
     return jax.scipy.linalg.cho_solve((root, True), vector[..., None])[..., 0]
 
 
