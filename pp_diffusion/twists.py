@@ -519,9 +519,9 @@ def _shifted(prediction: Prediction, gradient: Array, log_known: Array | None = 
     mean = prediction.x_0 if prediction.is_last else prediction.reverse.mean
     scale = jnp.sqrt(prediction.variance if prediction.is_last else prediction.reverse.variance)
     mean, scale, shift = (a.reshape(*batch, -1) for a in (mean, scale, _in_noise(prediction, gradient)))
-    rows, root = jnp.zeros((*batch, 0, mean.shape[-1]), mean.dtype), jnp.zeros((*batch, 0, 0), mean.dtype)
+    rows, root, none = (jnp.zeros((*batch, *shape), mean.dtype) for shape in ((0, mean.shape[-1]), (0, 0), (0,)))
     log_known = jnp.zeros(batch, mean.dtype) if log_known is None else log_known
-    return NormalGuide(mean, scale, rows, root, root, root[..., 0], shift, log_known)
+    return NormalGuide(mean, scale, rows, root, root, none, shift, log_known)
 
 
 def _in_noise(prediction: Prediction, gradient: Array) -> Array:
