@@ -21,6 +21,7 @@ from numpyro.infer import log_likelihood
 from tqdm.auto import tqdm
 
 from pp_diffusion import _arviz
+from pp_diffusion._cholesky import cholesky
 from pp_diffusion._frozen import Frozen
 from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_model
 from pp_diffusion.schedules import positive_int
@@ -300,7 +301,7 @@ def _move(
         centred = flat - flat.mean(0)
         covariance = jnp.einsum("psi,psj->sij", centred, centred) / len(flat)
         trace = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None] / flat.shape[-1]
-        root = jnp.linalg.cholesky(covariance + (1e-4 * trace + 1e-8) * jnp.eye(flat.shape[-1]))
+        root = cholesky(covariance + (1e-4 * trace + 1e-8) * jnp.eye(flat.shape[-1]))
 
     has_discrete = len(continuous) < len(latents)
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
+from pp_diffusion._cholesky import cholesky, half_log_det, solve, solve_lower
 from pp_diffusion._frozen import Frozen
 from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
 from pp_diffusion.reverse import ReverseProcess
@@ -138,16 +139,16 @@ class NormalGuide(NamedTuple):
         free = jax.random.normal(free_key, self.mean.shape, self.mean.dtype)
         rows, root, rest = self.rows, self.root, self.rest
         noise = jnp.einsum("pskl,psl->psk", rest, jax.random.normal(rest_key, self.residual.shape, free.dtype))
-        along = _solve(root, jnp.einsum("pskd,psd->psk", rows, free) + noise)
-        weights = _solve(root, self.residual)
+        along = solve(root, jnp.einsum("pskd,psd->psk", rows, free) + noise)
+        weights = solve(root, self.residual)
         moved = jnp.einsum("pskd,psk->psd", rows, weights - along)
         # of n less its mean: C (n - mean) = E along - noise, so that nothing of length D has to be computed again
         around = jnp.einsum("pskl,psml,psm->psk", rest, rest, along) - noise
-        of_rest = _solve_lower(rest, around)
-        of_mean = _solve_lower(root, self.residual)
+        of_rest = solve_lower(rest, around)
+        of_mean = solve_lower(root, self.residual)
         left = jnp.einsum("psml,psm->psl", rest, weights)
         log_ratio = 0.5 * ((of_rest**2).sum(-1) - (of_mean**2).sum(-1) + (left**2).sum(-1)) - (weights * around).sum(-1)
-        log_ratio += _half_log_det(rest) - _half_log_det(root) + self.log_known
+        log_ratio += half_log_det(rest) - half_log_det(root) + self.log_known
         if self.shift is not None:  # the mean is that much further
             log_ratio -= (self.shift * (free + moved + 0.5 * self.shift)).sum(-1)
             moved += self.shift
@@ -462,25 +463,22 @@ def _conditioned(
     spread = jnp.einsum("pskd,psld->pskl", rows, products)
     if prediction.is_last:
         cross = rows * scale[..., None, :]
-        root, rest = _cholesky(noise + spread), _cholesky(noise)
+        root, rest = cholesky(noise + spread), cholesky(noise)
     else:
         # with the variances of x_0 alone, everything is positive; the Jacobian adds to it as much as it can be trusted
         variance = prediction.variance.reshape(*batch, 1, size)
         least = jnp.einsum("pskd,psld->pskl", rows, rows * variance)
         spread = 0.5 * (spread + jnp.swapaxes(spread, -1, -2))
-        trust = _largest(lambda t: noise + t * spread + (1 - t) * least - LEAST_VARIANCE * (noise + least), batch)
+        trust = _largest(lambda t: noise + t * spread + (1 - t) * least - LEAST_VARIANCE * (noise + least))
         spread = trust * spread + (1 - trust) * least
-        products = jax.lax.cond(
-            (trust < 1).any(), lambda p, r: trust * p + (1 - trust) * r * variance, lambda p, r: p, products, rows
-        )
+        products = trust * products + (1 - trust) * rows * variance
         cross = prediction.slope * products / scale[..., None, :]
         taken = jnp.einsum("pskd,psld->pskl", cross, cross)
-        share = _largest(lambda t: noise + (1 - LEAST_VARIANCE) * spread - t**2 * taken, batch)
-        cross = jax.lax.cond((share < 1).any(), lambda c: share * c, lambda c: c, cross)
-        taken = share**2 * taken
-        root, rest = _cholesky(noise + spread), _cholesky(noise + spread - taken)
-    white = _solve_lower(root, residual)
-    log_value += -0.5 * (white**2).sum(-1) - _half_log_det(root) - 0.5 * num_rows * math.log(2 * math.pi)
+        share = _largest(lambda t: noise + (1 - LEAST_VARIANCE) * spread - t**2 * taken)
+        cross, taken = share * cross, share**2 * taken
+        root, rest = cholesky(noise + spread), cholesky(noise + spread - taken)
+    white = solve_lower(root, residual)
+    log_value += -0.5 * (white**2).sum(-1) - half_log_det(root) - 0.5 * num_rows * math.log(2 * math.pi)
     diagonals = (jnp.diagonal(a, axis1=-2, axis2=-1) for a in (noise, noise + spread))
     log_value += _discrepancy(reading.discrepancy, *diagonals)
     shift = _in_noise(prediction, gradient).reshape(*batch, size) if has_other else None
@@ -567,35 +565,10 @@ def _padded(covariance: Array, diagonal: Array) -> Array:
     return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
 
 
-def _largest(matrix: Callable[[Array], Array], batch: tuple[int, ...]) -> Array:
-    """The largest t of a few in [0, 1] for which ``matrix(t)`` is positive, of shape ``(P, S, 1, 1)``; 0 if none is."""
-    found = jnp.ones((*batch, 1, 1))
-    for t in (0.9, 0.6, 0.3, 0.0):
-        bad = jnp.isnan(_cholesky(matrix(found))).any((-2, -1), keepdims=True)
-        found = jax.lax.cond(bad.any(), lambda f, bad=bad, t=t: jnp.where(bad, t, f), lambda f: f, found)
-    return found
-
-
-def _cholesky(matrix: Array) -> Array:
-    """The lower factor; NaN where the matrix is not positive."""
-    return jnp.sqrt(matrix) if matrix.shape[-1] == 1 else jnp.linalg.cholesky(matrix, symmetrize_input=False)
-
-
-def _solve_lower(root: Array, vector: Array) -> Array:
-    if root.shape[-1] <= 1:
-        return vector / root.reshape(vector.shape)
-    return jax.scipy.linalg.solve_triangular(root, vector[..., None], lower=True)[..., 0]
-
-
-def _solve(root: Array, vector: Array) -> Array:
-    """S⁻¹ vector, by the factor of S."""
-    if root.shape[-1] <= 1:
-        return vector / root.reshape(vector.shape) ** 2
-    return jax.scipy.linalg.cho_solve((root, True), vector[..., None])[..., 0]
-
-
-def _half_log_det(root: Array) -> Array:
-    return jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+def _largest(matrix: Callable[[Any], Array]) -> Array:
+    """The largest t of 1, .6 and 0 for which ``matrix(t)`` is positive, of shape ``(P, S, 1, 1)``."""
+    whole, part = (jnp.isnan(cholesky(matrix(t))).any((-2, -1), keepdims=True) for t in (1.0, 0.6))
+    return jnp.where(whole, jnp.where(part, 0.0, 0.6), 1.0)
 
 
 # --- bits ----------------------------------------------------------------------------------------------------------
