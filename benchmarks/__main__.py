@@ -7,7 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import digits, flow, gradient_variance, likelihood, naive_numpyro, precision, sampling, training_step
+from benchmarks import (
+    digits,
+    flow,
+    gradient_variance,
+    likelihood,
+    naive_numpyro,
+    posterior,
+    precision,
+    sampling,
+    training_step,
+)
 from benchmarks.timing import CAPTION, Row, as_markdown, as_text
 
 
@@ -17,7 +27,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits",
+        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits, "
+        "posterior",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -32,6 +43,7 @@ def main() -> None:
         "precision": precision.rows,
         "flow": partial(flow.rows, fresh=args.fresh, figures=args.figures),
         "digits": digits.rows,
+        "posterior": posterior.rows,
     }
     names = args.only.split(",") if args.only else list(comparisons)
     if unknown := set(names) - set(comparisons):

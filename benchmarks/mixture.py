@@ -226,11 +226,17 @@ def by_hand(
     """A prior of direct parameterization, without context, and y = matrix x + noise as the reference takes them."""
     transform = prior.diffusion.transform
     loc, scale = (0.0, 1.0) if transform is None else (np.asarray(transform.loc), np.asarray(transform.scale))
-    return (
-        Partial(_outputs, prior.process),
-        handwritten_smc.chain(np.asarray(prior.diffusion.schedule.log_snr(), dtype=np.float64)),
-        handwritten_smc.measurement(y, matrix, covariance, loc, scale),
+    rates = prior.process.rates  # not from rounded log-SNRs: x_0 is what cancellation leaves of the network's mean
+    chain = handwritten_smc.Chain(
+        rates.t,
+        rates.log_snr,
+        rates.shrinkage,
+        jnp.sqrt(rates.previous_alpha_bar) * rates.innovation,
+        rates.previous_erased * rates.innovation,
+        rates.erased / jnp.sqrt(rates.alpha_bar),
     )
+    measured = handwritten_smc.measurement(y, matrix, covariance, loc, scale)
+    return Partial(_outputs, prior.process), chain, measured
 
 
 def _outputs(process: Any, x_t: Array, t: Array) -> tuple[Array, Array]:

@@ -26,7 +26,9 @@ from pp_diffusion.reverse import ReverseProcess
 
 #: What a twist can make of an observed site.
 NORMAL, MULTIVARIATE, EXACT, MOMENTS = "normal", "multivariate normal", "exact", "moments"
-OTHER, FACTOR = "other", "factor"
+OTHER, FACTOR, CONSTANT = "other", "factor", "constant"
+NUM_WORDS = 32  # at which it is found out which bits an observed number depends on
+SEED = "the seed"  # among the names of sites
 Latents = dict[str, Array]
 
 
@@ -352,7 +354,7 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         draft._set(_model=model, _structure=structure, _static=static, arrays=arrays)
         try:
             jax.eval_shape(lambda a, draft=draft: [draft.replace(arrays=a).trace(None, {}), None][1], arrays)
-        except jax.errors.JAXTypeError:  # the model needs an array's values, for a shape or a condition
+        except Exception:  # the model needs an array's values, for a shape, a condition or an index; or is in error
             if constant == "biufcV":
                 raise
         else:
@@ -368,9 +370,9 @@ def _describe(draft: Factors) -> Factors:
     found = {n: m for n, m in trace.items() if m["type"] == "sample" and n != name}
     latents = {n: m for n, m in found.items() if not m["is_observed"]}
     depends = _dependencies(draft, trace, name, latents)
-    if depends[name]:
+    if latent := depends[name] - {SEED}:
         raise ValueError(
-            f"site {name!r}: its prior depends on the latent site {_names(depends[name])} (through context, say), and "
+            f"site {name!r}: its prior depends on the latent site {_names(latent)} (through context, say), and "
             "the path's density with it; use NUTS with pp_diffusion.TrajectoryReparam, which handles that"
         )
     dropped = tuple(n for n in latents if name in depends[n])
@@ -385,16 +387,26 @@ def _describe(draft: Factors) -> Factors:
     if not any(name in depends[n] for n in observed):
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
     kept = {n: m for n, m in latents.items() if n not in dropped}
+    for site in (name, *kept, *observed):
+        if SEED in depends[site]:
+            raise ValueError(
+                f"the density at site {site!r} is random: it depends on random numbers that are no sample site of the "
+                "model, such as those of numpyro.prng_key, of a network that was not trained (handlers.substitute puts "
+                "parameters in), or of a latent site within numpyro's scan or cond"
+            )
     plates = sorted(message["cond_indep_stack"], key=lambda frame: frame.dim)  # as the axes of x
     shared = [frame for frame in plates if all(_has(m, frame) for m in (*kept.values(), *observed.values()))]
+    constants = {n: m for n, m in found.items() if m["is_observed"] and not depends[n]}
     for systems in (shared, []):
         draft = _with_layout(draft, message, systems)
+        # what depends on nothing is part of the evidence still, if it can be told whose
+        observed |= {n: m for n, m in constants.items() if all(_has(m, frame) for frame in systems)}
         sites = {n: _layout(m, systems) for n, m in {**kept, **observed}.items()}
         draft = draft.replace(
             name=name,
             prior=base,
             latents=tuple(Site(n, "latent", sites[n]) for n in kept),
-            observed=tuple(Site(n, _kind(m, kernel.is_discrete), sites[n]) for n, m in observed.items()),
+            observed=tuple(Site(n, CONSTANT if n in constants else _kind(m), sites[n]) for n, m in observed.items()),
             dropped=dropped,
             known={},
             owner=None,
@@ -404,9 +416,19 @@ def _describe(draft: Factors) -> Factors:
             break
     if kernel.is_discrete:
         return draft.replace(owner=_owners(draft))
-    return draft.replace(
-        known={site.name: _selected(draft, site, trace) for site in draft.observed if site.kind == EXACT}
-    )
+    known: dict[str, Array] = {}
+    for site in draft.observed:
+        if site.kind == EXACT:
+            if latent := depends[site.name] - {name}:
+                raise ValueError(
+                    f"site {site.name!r}: an exact observation (Delta) must depend on {name!r} alone; it depends on "
+                    f"the latent site {_names(latent)}"
+                )
+            known[site.name] = _selected(draft, site, trace)
+    for row in np.concatenate([np.zeros((draft.num_systems, 0), int), *known.values()], -1):
+        if len(set(row)) < len(row):
+            raise ValueError(f"site {_names(known)} observes a coordinate of {name!r} twice")
+    return draft.replace(known=known)
 
 
 def _prior_site(trace: Mapping[str, Any]) -> Any:
@@ -445,25 +467,36 @@ def _prior_site(trace: Mapping[str, Any]) -> Any:
 def _dependencies(
     draft: Factors, trace: Mapping[str, Any], name: str, latents: Mapping[str, Any]
 ) -> dict[str, frozenset[str]]:
-    """Per sample site, which latents and whether x enters its density."""
+    """Per sample site, which latents, whether x and whether the seed enters its density."""
 
     def densities(**values: Array) -> dict[str, Any]:
-        x = values.pop(name)
-        again, _ = draft.trace(x, values, constrained=True)
+        x, seed = values.pop(name), values.pop(SEED)
+        again, _ = draft.trace(x, values, constrained=True, rng_key=seed)
         return {
             n: jax.tree.leaves(m["fn"]) if n == name else _log_prob(m)
             for n, m in again.items()
             if m["type"] == "sample"
         }
 
-    values = {n: trace[n]["value"] for n in (name, *latents)}
+    values = {n: trace[n]["value"] for n in (name, *latents)} | {SEED: jax.random.PRNGKey(0)}
     with jax.ensure_compile_time_eval():
         found = eval_provenance(densities, **values)
     is_set = {"is_leaf": lambda leaf: isinstance(leaf, frozenset)}
-    return {n: frozenset().union(*jax.tree.leaves(f, **is_set)) - {n} for n, f in found.items()}
+    depends = {n: frozenset().union(*jax.tree.leaves(f, **is_set)) - {n} for n, f in found.items()}
+    if any(SEED in d for d in depends.values()):  # a seed that numpyro's scan is given need not be used
+        values[name] = _feasible(trace[name]["fn"], is_origin=False)
+        first, second = (densities(**{**values, SEED: jax.random.PRNGKey(seed)}) for seed in (0, 1))
+        same = {n for n in depends if _all_equal(first[n], second[n])}
+        depends = {n: d - {SEED} if n in same else d for n, d in depends.items()}
+    return depends
 
 
-def _kind(message: Any, is_discrete: bool) -> str:
+def _all_equal(first: Any, second: Any) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+def _kind(message: Any) -> str:
     base, _, _ = _unwrap(message["fn"])
     if isinstance(base, dist.Normal):
         return NORMAL
@@ -525,17 +558,19 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
     size = draft.num_systems * math.prod(draft.state_shape)
     positions = np.arange(size, dtype=np.float32)
     shape = jnp.shape(trace[draft.name]["value"])
-    permutation = np.random.default_rng(0).permutation(positions)
+    other = np.random.default_rng(0).uniform(size=size).astype(np.float32)
 
     def shown(values: np.ndarray) -> np.ndarray:
         x = jnp.asarray(values.reshape(shape))
         again, _ = draft.trace(x, {})
         message = again[site.name]
+        if np.any(_unwrap(message["fn"]).base.log_density):
+            raise ValueError(f"site {site.name!r}: an exact observation (Delta) must be one without log_density")
         return np.asarray(jnp.broadcast_to(_unwrap(message["fn"]).base.v, jnp.shape(_value(message))), np.float64)
 
     index = shown(positions)
     inside = (index == np.round(index)) & (index >= 0) & (index < size)
-    if size > 2**24 or not inside.all() or not np.array_equal(shown(permutation), permutation[index.astype(int)]):
+    if size > 2**24 or not inside.all() or not np.array_equal(shown(other), other[index.astype(int)]):
         raise ValueError(
             f"site {site.name!r}: an exact observation (Delta) must be a selection of the coordinates of "
             f"{draft.name!r}, such as x[..., known]; for other functions of x use a Normal with a small scale"
@@ -557,9 +592,6 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
     place = np.empty(size, int)  # from a position in x to one in its system
     place[where.ravel()] = np.tile(np.arange(where.shape[1]), draft.num_systems)
     index = np.asarray(site.layout.split(index)).reshape(draft.num_systems, -1).astype(int)
-    for row in place[index]:
-        if len(set(row)) < len(row):
-            raise ValueError(f"site {site.name!r} observes a coordinate of {draft.name!r} twice")
     return jnp.asarray(place[index])
 
 
@@ -576,22 +608,27 @@ def _owners(draft: Factors) -> Array | None:
         return None
     draft = draft.replace(owner=jnp.zeros(()))  # so that the elements are read
     latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
-    size, systems = math.prod(draft.state_shape), draft.num_systems
-
-    @jax.jit
-    def depends_on(key: Array) -> Array:
-        def elements(z: Array) -> Array:
-            return draft._read_one(z.reshape(systems, *draft.state_shape), latents).elements
-
-        bits = jax.random.bernoulli(key, 0.5, (systems, size)).astype(float)
-        before = elements(bits)
-        return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
-
-    depends = depends_on(jax.random.key(0)) | depends_on(jax.random.key(1))
+    size = math.prod(draft.state_shape)
+    # a bit may matter only where another has one value: from all bits 0 to all 1, as an AND or an OR needs
+    words = zip(jax.random.split(jax.random.key(0), NUM_WORDS), np.linspace(0, 1, NUM_WORDS), strict=True)
+    depends = np.any([_depends_on(draft, latents, key, share) for key, share in words], axis=0)
     count = depends.sum(0)
     if (count > 1).any():
         return None
     return jnp.where(count == 0, size, jnp.argmax(depends, 0))
+
+
+@jax.jit
+def _depends_on(factors: Factors, latents: Latents, rng_key: Array, share: Array) -> Array:
+    """Whether each observed number changes with each bit, around a word with this share of ones: ``(D, S, k)``."""
+    systems, size = factors.num_systems, math.prod(factors.state_shape)
+
+    def elements(z: Array) -> Array:
+        return factors._read_one(z.reshape(systems, *factors.state_shape), latents).elements
+
+    bits = jax.random.bernoulli(rng_key, share, (systems, size)).astype(float)
+    before = elements(bits)
+    return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
 
 
 def _names(names: Any) -> str:
@@ -660,9 +697,13 @@ def _unconstrain(fn: dist.Distribution, value: Array) -> Array:
     return value if fn.support.is_discrete else dist.biject_to(fn.support).inv(value)
 
 
-def _feasible(fn: dist.Distribution) -> Array:
+def _feasible(fn: dist.Distribution, *, is_origin: bool = True) -> Array:
+    """A state in data units: the origin, or another."""
     diffusion = _unwrap(fn).base.diffusion
-    z = diffusion.kernel.as_state(jnp.zeros(fn.shape()))
+    kernel, z = diffusion.kernel, jnp.zeros(fn.shape())
+    if not is_origin:
+        z = 1 - z if kernel.is_discrete else jax.random.normal(jax.random.key(0), z.shape)
+    z = kernel.as_state(z)
     return z if diffusion.transform is None else diffusion.transform(z)
 
 

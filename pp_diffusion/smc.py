@@ -26,7 +26,6 @@ from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_mo
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.twists import (
     Guided,
-    NormalGuide,
     Prediction,
     Twist,
     as_twist,
@@ -71,7 +70,8 @@ class SMCInfo(NamedTuple):
 
     :ivar ess: effective sample size of the weights, under the twist at this t.
     :ivar resampled: whether it was so small that particles were resampled.
-    :ivar num_flat: particles whose twist was not finite, and was left as it was a step before.
+    :ivar num_flat: particles whose twist was not finite, and was left as it was a step before; at the end, those whose
+        likelihood is NaN or infinite.
     :ivar acceptance: of the moves of other latents; NaN without.
     """
 
@@ -147,6 +147,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
     log_weights = state.log_weights + log_r - jnp.tile(state.exact.log_det, chains)
     ess, log_mean = _ess(log_weights), _log_mean(log_weights)
+    num_bad = (jnp.isnan(log_r) | jnp.isposinf(log_r)).sum(0)  # zero is a likelihood
     key, move_key, rng_key = jax.random.split(state.rng_key, 3)
     index = _systematic(key, log_weights)
     x, latents, lineage, log_joint = _gather(index, (state.x, state.latents, state.lineage, log_joint))
@@ -166,44 +167,42 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
         log_evidence=state.log_evidence + log_mean,
         rng_key=rng_key,
     )
-    none = jnp.zeros(ess.shape, int)
-    return state, info, SMCInfo(ess, jnp.ones(ess.shape, bool), none, acceptance)
+    return state, info, SMCInfo(ess, jnp.ones(ess.shape, bool), num_bad, acceptance)
 
 
 def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction]) -> tuple[SMCState, SMCInfo]:
     factors, twist = sampler.factors, sampler.twist
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
 
-    def guided(x: Array, latents: Latents, fallback: Array) -> tuple[Guided, Array]:
-        found = twist(factors, state.exact, predict_at(x), latents, state.twist_key)
-        return _with_fallback(found, fallback)
-
-    is_start = state.t == sampler.num_timesteps
-    found, is_finite = guided(state.x, state.latents, state.log_twist)
+    found = _finite_guide(twist(factors, state.exact, predict_at(state.x), state.latents, state.twist_key))
+    is_finite = jnp.isfinite(found.log_twist)
     # at T nothing comes before: what is not finite counts as the least of what is
     least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
-    least = jnp.where(jnp.isfinite(least), least, 0.0)
-    found = found._replace(log_twist=jnp.where(is_start & ~is_finite, least, found.log_twist))
+    at_start = jnp.where(jnp.isfinite(least), least, 0.0) + 0 * state.log_twist
+    fallback = jnp.where(state.t == sampler.num_timesteps, at_start, state.log_twist)
+    found = found._replace(log_twist=jnp.where(is_finite, found.log_twist, fallback))
 
     log_weights = state.log_weights + found.log_twist
     ess = _ess(log_weights)
     needed = ess < sampler.ess_threshold * len(log_weights)
-    index = jnp.where(needed, _systematic(resample_key, log_weights), jnp.arange(len(log_weights))[:, None])
 
     def resample(parts: Any) -> Any:
+        index = jnp.where(needed, _systematic(resample_key, log_weights), jnp.arange(len(log_weights))[:, None])
         (x, latents, lineage, found), acceptance = _gather(index, parts), jnp.full(ess.shape, jnp.nan)
         if not (factors.latents and sampler.num_moves):
             return x, latents, lineage, found, acceptance
-        prediction, fallback = predict_at(x), found.log_twist
+        prediction, before = predict_at(x), _gather(index, fallback)
+
+        def guided(u: Latents) -> Guided:
+            found = _finite_guide(twist(factors, state.exact, prediction, u, state.twist_key))
+            return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, before))
 
         def log_target(u: Latents) -> Array:
-            value, _ = _with_fallback(twist(factors, state.exact, prediction, u, state.twist_key), fallback)
-            return value.log_twist + factors.read(prediction.x_0, u).log_prior
+            return guided(u).log_twist + factors.read(prediction.x_0, u).log_prior
 
         log_now = found.log_twist + factors.read(prediction.x_0, latents).log_prior
         moved, acceptance = _move(move_key, factors, latents, log_target, log_now, sampler.num_moves)
-        found, _ = _with_fallback(twist(factors, state.exact, prediction, moved, state.twist_key), fallback)
-        return x, moved, lineage, found, acceptance
+        return x, moved, lineage, guided(moved), acceptance
 
     def keep(parts: Any) -> Any:
         return *parts, jnp.full(ess.shape, jnp.nan)
@@ -228,29 +227,10 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     return state, info
 
 
-def _with_fallback(found: Guided, fallback: Array) -> tuple[Guided, Array]:
-    """The twist left as it was, and the step unguided, where their values are not finite."""
-    found = _finite_guide(found)
-    is_finite = jnp.isfinite(found.log_twist)
-    return found._replace(log_twist=jnp.where(is_finite, found.log_twist, fallback)), is_finite
-
-
 def _finite_guide(found: Guided) -> Guided:
-    guide = found.guide
-    if not isinstance(guide, NormalGuide):
-        bad = ~jnp.isfinite(guide.guided)
-        return found._replace(guide=guide._replace(guided=jnp.where(bad, guide.reverse, guide.guided)))
-    fine = jnp.isfinite(found.log_twist)
-    unguided = {"rows": 0.0, "remaining": 1.0, "residual": 0.0, "shift": 0.0}
-    parts = {name: getattr(guide, name) for name in unguided}
-    for part in parts.values():
-        fine &= jnp.isfinite(part).all(tuple(range(2, part.ndim)))
-
-    def choose(part: Array, otherwise: float) -> Array:
-        return jnp.where(fine.reshape(fine.shape + (1,) * (part.ndim - 2)), part, otherwise)
-
-    guide = guide._replace(**{name: choose(part, unguided[name]) for name, part in parts.items()})
-    return Guided(jnp.where(fine, found.log_twist, jnp.nan), guide)
+    """With steps unguided where any part of them is not finite, and the twist NaN there."""
+    fine = jnp.isfinite(found.log_twist) & found.guide.is_finite
+    return Guided(jnp.where(fine, found.log_twist, jnp.nan), found.guide.where(fine))
 
 
 def _after(rates: Any) -> Any:
@@ -440,15 +420,14 @@ class SMC:
         :param kwargs: its keyword arguments.
         :raises ValueError: if the model is none that SMC serves (see :func:`pp_diffusion.factors.read_model`), or its
             likelihood is zero at every particle.
-        :raises FloatingPointError: if the likelihood is NaN at an :math:`x_0`.
+        :raises FloatingPointError: if the likelihood is NaN or infinite at an :math:`x_0`.
         """
+        self._run = None
         factors = read_model(self.model, args, kwargs)
         sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves)
         state = _init(rng_key, sampler, self.num_particles, self.num_chains)
         total = sampler.num_timesteps
-        infos = jax.tree.map(
-            lambda a: jnp.zeros((total + 1, *a.shape), a.dtype), jax.eval_shape(finish, sampler, state)[1]
-        )
+        infos = _no_infos(state, total)
         segment = max(1, -(-(total - 1) // 20)) if self.progress_bar else max(1, total - 1)
         with tqdm(total=total, desc="SMC", unit="step", disable=not self.progress_bar) as bar:
             done = 0
@@ -462,8 +441,9 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        self._run = _Run(sampler, state, jax.tree.map(np.asarray, infos), self.num_chains, args, kwargs)
-        self._run.check()
+        run = _Run(sampler, state, jax.tree.map(np.asarray, infos), self.num_chains, args, kwargs)
+        run.check()
+        self._run = run
 
     @property
     def _done(self) -> _Run:
@@ -577,8 +557,8 @@ class _Run:
         names = ", ".join(repr(site.name) for site in self.sampler.factors.observed)
         if bad := int(self.infos.num_flat[0].sum()):
             raise FloatingPointError(
-                f"the model's likelihood is NaN at {bad} of {self.state.log_weights.size} draws of x; it is that of "
-                f"the sites {names}"
+                f"the model's likelihood is NaN or infinite at {bad} of {self.state.log_weights.size} draws of x; it "
+                f"is that of the sites {names}"
             )
         if np.isneginf(self.log_evidences).all(0).any():
             raise ValueError(f"the model's likelihood is zero at every particle; it is that of the sites {names}")
@@ -598,6 +578,8 @@ class _Run:
         )
         found = "; ".join(f"{name}: {rule}" for name, rule in self.rules.items())
         lines.append(f"twist {self.sampler.twist.name!r}: {found}")
+        ancestors = [len(np.unique(column)) for column in np.asarray(self.state.lineage).T]
+        lines.append(f"the draws descend from {min(ancestors)} particles at t = T, in the system with the fewest")
         if flat := int(infos.num_flat[1:].sum()):
             lines.append(f"the likelihood was not finite at {flat} predictions of x, which were left unguided")
         if not np.isnan(infos.acceptance).all():
@@ -658,6 +640,12 @@ class _Run:
 @partial(jax.jit, static_argnames=("num_particles", "num_chains"))
 def _init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int) -> SMCState:
     return init(rng_key, sampler, num_particles, num_chains)
+
+
+def _no_infos(state: SMCState, num_timesteps: int) -> SMCInfo:
+    """Room for what happens at t = 0…T."""
+    zeros = jnp.zeros((num_timesteps + 1, *state.log_evidence.shape), state.log_evidence.dtype)
+    return SMCInfo(zeros, zeros.astype(bool), zeros.astype(int), zeros)
 
 
 @jax.jit

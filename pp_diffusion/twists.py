@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from pp_diffusion._frozen import Frozen
-from pp_diffusion.factors import EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
+from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
 
@@ -30,12 +30,14 @@ from pp_diffusion.schedules import Rates
 MOST_ROWS = 64
 #: Below this log-SNR, Tweedie's covariance is taken from the variance of the reverse step, not from the Jacobian.
 LEAST_LOG_SNR = -12.0
-#: A guided step keeps this share of the unguided one's variance in any direction.
+#: The share of the variance that positive matrices have to keep in any direction.
 LEAST_VARIANCE = 1e-3
 #: By so much at most, the paper's perturbation changes a bit's log odds.
 LARGEST_TILT = 10.0
 #: Up to so many bits, r is averaged over all words.
 MOST_BITS = 8
+#: Random directions along which variances of more observations than that are found.
+NUM_PROBES = 16
 #: Draws of x_0 over which r is averaged where it has no closed form.
 NUM_DRAWS = 32
 
@@ -107,13 +109,15 @@ def _as_prediction(process: ReverseProcess, x: Array, rates: Rates, step: dist.D
 
 
 class NormalGuide(NamedTuple):
-    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, conditioned on normal observations: in units of its noise n, of mean
-    :math:`B^\top e + s` and covariance :math:`I - B^\top B`.
+    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, conditioned on K normal observations of its own noise n:
+    :math:`e = C n + N(0, E)`. Then n is normal with mean :math:`C^\top S^{-1} e + s`, :math:`S = C C^\top + E`, and
+    covariance :math:`I - C^\top S^{-1} C`.
 
     :ivar mean: of p; shape ``(P, S, D)``, as all that has D.
     :ivar scale: its standard deviations.
-    :ivar rows: B, shape ``(P, S, K, D)``, orthogonal.
-    :ivar remaining: the variance that is left along each of them, 1 less its squared length, in (0, 1].
+    :ivar rows: C, shape ``(P, S, K, D)``.
+    :ivar root: the Cholesky factor of S, shape ``(P, S, K, K)``.
+    :ivar rest: that of E, which C leaves of S.
     :ivar residual: e, shape ``(P, S, K)``.
     :ivar shift: s, by the gradient of what is not normal (eq. 61).
     :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, S)``.
@@ -122,19 +126,53 @@ class NormalGuide(NamedTuple):
     mean: Array
     scale: Array
     rows: Array
-    remaining: Array
+    root: Array
+    rest: Array
     residual: Array
     shift: Array
     log_known: Array
 
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
-        free = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
-        kept = jnp.sqrt(self.remaining)
-        along = jnp.einsum("pskd,psd->psk", self.rows, free)
-        moved = jnp.einsum("pskd,psk->psd", self.rows, self.residual - along / (1 + kept)) + self.shift
-        log_ratio = -0.5 * (moved * (2 * free + moved)).sum(-1) + jnp.log(kept).sum(-1) + self.log_known
-        return (self.mean + self.scale * (free + moved)).reshape(shape), log_ratio
+        free_key, rest_key = jax.random.split(rng_key)
+        free = jax.random.normal(free_key, self.mean.shape, self.mean.dtype)
+
+        def seen(n: Array) -> Array:
+            return jnp.einsum("pskd,psd->psk", self.rows, n)
+
+        def gain(e: Array) -> Array:
+            return jnp.einsum("pskd,psk->psd", self.rows, _solve(self.root, e))
+
+        noise = jax.random.normal(rest_key, self.residual.shape, self.mean.dtype)
+        around = free - gain(seen(free) + jnp.einsum("pskl,psl->psk", self.rest, noise))
+        to_mean = gain(self.residual) + self.shift
+        of_rest = _solve_lower(self.rest, seen(around))
+        log_ratio = 0.5 * (of_rest**2).sum(-1) - (to_mean * (around + 0.5 * to_mean)).sum(-1)
+        log_ratio += _half_log_det(self.rest) - _half_log_det(self.root) + self.log_known
+        return (self.mean + self.scale * (around + to_mean)).reshape(shape), log_ratio
+
+    def where(self, condition: Array) -> NormalGuide:
+        """Unguided where ``condition``, of shape ``(P, S)``, does not hold."""
+
+        def choose(part: Array, otherwise: Any) -> Array:
+            return jnp.where(condition.reshape(condition.shape + (1,) * (part.ndim - 2)), part, otherwise)
+
+        identity = jnp.eye(self.root.shape[-1], dtype=self.root.dtype)
+        return self._replace(
+            rows=choose(self.rows, 0.0),
+            root=choose(self.root, identity),
+            rest=choose(self.rest, identity),
+            residual=choose(self.residual, 0.0),
+            shift=choose(self.shift, 0.0),
+        )
+
+    @property
+    def is_finite(self) -> Array:
+        """Of shape ``(P, S)``."""
+        fine = jnp.ones(self.mean.shape[:2], bool)
+        for part in (self.rows, self.root, self.rest, self.residual, self.shift):
+            fine &= jnp.isfinite(part).all(tuple(range(2, part.ndim)))
+        return fine
 
 
 class BitsGuide(NamedTuple):
@@ -152,6 +190,15 @@ class BitsGuide(NamedTuple):
         ones = jax.random.bernoulli(rng_key, jax.nn.sigmoid(self.guided))
         p, m = (jax.nn.log_sigmoid(jnp.where(ones, logits, -logits)) for logits in self)
         return ones.astype(self.guided.dtype).reshape(shape), (p - m).sum(-1)
+
+    def where(self, condition: Array) -> BitsGuide:
+        """Unguided where ``condition``, of shape ``(P, S)``, does not hold."""
+        return self._replace(guided=jnp.where(condition[..., None], self.guided, self.reverse))
+
+    @property
+    def is_finite(self) -> Array:
+        """Of shape ``(P, S)``."""
+        return jnp.isfinite(self.guided).all(-1)
 
 
 Guide = NormalGuide | BitsGuide
@@ -202,8 +249,7 @@ class Power(Twist):
         self._set(name=name, starts=name == "constant")
 
     def check(self, factors: Factors) -> None:
-        if factors.is_exact:  # a twist has to be positive
-            raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {self.name!r}")
+        _refuse_exact(self.name, factors)
 
     def _power(self, t: Array | int, num_timesteps: int) -> Array:
         return jnp.ones(()) if self.name == "constant" else 1 - jnp.asarray(t, dtype=float) / num_timesteps
@@ -228,7 +274,7 @@ class Lookahead(Twist):
     name = "lookahead"
 
     def check(self, factors: Factors) -> None:
-        Power.check(self, factors)  # type: ignore[arg-type]
+        _refuse_exact(self.name, factors)
 
     def __call__(
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
@@ -258,7 +304,7 @@ class Moment(Twist):
             return {site.name: rule for site in factors.observed}
         averaged = f"averaged over {NUM_DRAWS} draws"
         words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
-        words[MOMENTS] = "taken for normal, by its mean and variance"
+        words |= {MOMENTS: "taken for normal, by its mean and variance", CONSTANT: "constant"}
         return {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
 
     def __call__(
@@ -283,7 +329,8 @@ class Custom(Twist):
     def __init__(self, function: Callable) -> None:
         self._set(name=getattr(function, "__name__", "custom"), function=function)
 
-    check = Lookahead.check
+    def check(self, factors: Factors) -> None:
+        _refuse_exact(self.name, factors)
 
     def __call__(
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
@@ -330,6 +377,11 @@ def as_twist(twist: Any) -> Twist:
     raise ValueError(f"twist must be one of {', '.join(map(repr, TWISTS))}, or a function; got {twist!r}")
 
 
+def _refuse_exact(name: str, factors: Factors) -> None:
+    if factors.is_exact:  # r of a state, or at one prediction, is zero almost everywhere, and a twist is positive
+        raise ValueError(f"twist must be 'moment' where coordinates are observed exactly; got {name!r}")
+
+
 # --- continuous states ---------------------------------------------------------------------------------------------
 
 
@@ -362,100 +414,77 @@ def _conditioned(
         prediction, scale, log_known = _set_known(exact, prediction, scale)
         exact = exact._replace(where=exact.where[:, :0], value=exact.value[:, :0], counts=exact.counts[:, :0])
 
-    def residuals(z: Array) -> tuple[Array, Reading]:
-        reading = factors.read(z, latents)
-        return reading.residual, reading
+    chains = batch[1] // len(exact.where)
+    where, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
+    num_known = where.shape[-1]
 
-    residual, pull, reading = jax.vjp(residuals, prediction.x_0, has_aux=True)
-    covariance = reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny)
-    log_value = reading.correction + log_known
-    num_noisy, num_rows = residual.shape[-1], residual.shape[-1] + exact.where.shape[-1]
-    shift = jnp.zeros(shape, scale.dtype)
+    def seen(z: Array) -> tuple[Array, Reading]:
+        reading = factors.read(z, latents)
+        at = jnp.broadcast_to(where, (*batch, num_known))
+        known = jnp.take_along_axis(z.reshape(*batch, size), at, -1)
+        return jnp.concatenate([-reading.residual, jnp.where(counts, known, 0.0)], -1), reading
+
+    at_mean, pull, reading = jax.vjp(seen, prediction.x_0, has_aux=True)
+    num_rows = at_mean.shape[-1]
+    known_residual = jnp.where(counts, value, 0.0) - at_mean[..., num_rows - num_known :]
+    residual = jnp.concatenate([reading.residual, known_residual], -1)
+    unused = jnp.broadcast_to(jnp.where(counts, 0.0, 1.0), (*batch, num_known)).astype(scale.dtype)
+    noise = _padded(reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny), unused)
+    log_value = reading.correction + log_known + 0.5 * math.log(2 * math.pi) * unused.sum(-1)
+    gradient = jnp.zeros(shape, scale.dtype)
     if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
-        log_other, gradient = _averaged(factors, prediction, latents, rng_key)
+        log_other, of_other = _averaged(factors, prediction, latents, rng_key)
         log_value += log_other
-        shift += power * gradient
+        gradient += power * of_other
     if num_rows == 0:
-        guide = _shifted(prediction, shift)
-        return Guided(log_value, guide._replace(log_known=log_known))
+        return Guided(log_value, _shifted(prediction, gradient, log_known))
+    if num_rows > MOST_ROWS:  # each by itself, with the variance of x_0 coordinate by coordinate
+        _, push = jax.linearize(lambda z: seen(z)[0], prediction.x_0)
+        signs = jax.random.rademacher(jax.random.key(0), (NUM_PROBES, *shape[2:]), scale.dtype)
+        spread = jax.vmap(push)(signs[:, None, None] * jnp.sqrt(prediction.variance))
+        noise = jnp.diagonal(noise, axis1=-2, axis2=-1)
+        variance = noise + (spread**2).mean(0)
+        log_value += -0.5 * (residual**2 / variance + jnp.log(2 * math.pi * variance)).sum(-1)
+        log_value += _discrepancy(reading.discrepancy, noise, variance)
+        return Guided(log_value, _shifted(prediction, gradient + pull(residual / variance)[0], log_known))
 
     # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
-    seeds = jnp.broadcast_to(jnp.eye(num_noisy, dtype=scale.dtype)[:, None, None], (num_noisy, *residual.shape))
-    rows = -jax.vmap(lambda seed: pull(seed)[0])(seeds)
-    if exact.where.shape[-1]:
-        chains = batch[1] // len(exact.where)
-        index, value, counts = (jnp.tile(a, (chains, 1)) for a in exact[:3])
-        one_hot = jax.nn.one_hot(index, size, dtype=scale.dtype) * counts[..., None]
-        one_hot = jnp.moveaxis(jnp.broadcast_to(one_hot, (batch[0], *one_hot.shape)), 2, 0)
-        rows = jnp.concatenate([rows, one_hot.reshape(-1, *shape)])
-        at_mean = jnp.take_along_axis(
-            prediction.x_0.reshape(*batch, size), jnp.broadcast_to(index, (*batch, index.shape[-1])), -1
-        )
-        residual = jnp.concatenate([residual, jnp.where(counts, value - at_mean, 0.0)], -1)
-        unused = jnp.where(counts, 0.0, 1.0)
-        covariance = _padded(covariance, jnp.broadcast_to(unused, (*batch, unused.shape[-1])))
-        log_value += 0.5 * math.log(2 * math.pi) * unused.sum(-1)
-    if num_rows > MOST_ROWS:
-        return _by_diagonal(prediction, reading, rows, residual, covariance, log_value, shift, log_known)
-    products = jax.vmap(prediction.covariance)(rows)  # covariances of the observations with x_0
-
     def flat(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(num_rows, *batch, size), 0, 2)
 
-    rows, products, scale = flat(rows), flat(products), scale.reshape(*batch, size)
-    cross = rows * scale[..., None, :] if prediction.is_last else prediction.slope * products / scale[..., None, :]
+    seeds = jnp.eye(num_rows, dtype=scale.dtype)[:, None, None]
+    unflat_rows = jax.vmap(lambda seed: pull(seed)[0])(jnp.broadcast_to(seeds, (num_rows, *batch, num_rows)))
+    products = flat(jax.vmap(prediction.covariance)(unflat_rows))
+    rows, scale = flat(unflat_rows), scale.reshape(*batch, size)
     spread = jnp.einsum("pskd,psld->pskl", rows, products)
-    noise = covariance
-    if not prediction.is_last:
-        diagonal = jnp.einsum("pskd,psd,psld->pskl", rows, prediction.variance.reshape(*batch, size), rows)
-        spread = _clipped(0.5 * (spread + jnp.swapaxes(spread, -1, -2)), diagonal + noise)
-    covariance = noise + spread
-    whiten, log_det = _inverse_root(covariance)
-    cross = jnp.einsum("pskl,psld->pskd", whiten, cross)
-    shares, basis = _eigh(jnp.einsum("pskd,psld->pskl", cross, cross))
-    whiten = jnp.einsum("pslk,pslm->pskm", basis, whiten)
-    of_noise = jnp.einsum("pskl,pslm,pskm->psk", whiten, noise, whiten)
-    of_x_0 = jnp.maximum(1 - of_noise - shares, LEAST_VARIANCE * (1 - of_noise))
-    remaining = of_noise if prediction.is_last else of_noise + of_x_0
-    remaining = jnp.clip(remaining, jnp.finfo(scale.dtype).eps, 1.0)
-    shrink = jnp.sqrt((1 - remaining) / jnp.maximum(shares, jnp.finfo(shares.dtype).tiny))
-    cross = jnp.einsum("pslk,psld->pskd", basis, cross) * shrink[..., None]
-    white = jnp.einsum("pskl,psl->psk", whiten, residual)
-    log_value += -0.5 * (white**2).sum(-1) - 0.5 * (log_det + num_rows * math.log(2 * math.pi))
-    log_value += _discrepancy(reading.discrepancy, jnp.diagonal(noise, axis1=-2, axis2=-1), covariance)
-    shift = _in_noise(prediction, shift).reshape(*batch, size)
-    mean = prediction.reverse.mean.reshape(*batch, size)
     if prediction.is_last:
-        mean = prediction.x_0.reshape(*batch, size)
-    return Guided(log_value, NormalGuide(mean, scale, cross, remaining, white, shift, log_known))
+        cross = rows * scale[..., None, :]
+        root, rest = _cholesky(noise + spread), _cholesky(noise)
+    else:
+        # with the variances of x_0 alone, everything is positive; the Jacobian adds to it as much as it can be trusted
+        by_variance = rows * prediction.variance.reshape(*batch, 1, size)
+        least = jnp.einsum("pskd,psld->pskl", rows, by_variance)
+        spread = 0.5 * (spread + jnp.swapaxes(spread, -1, -2))
+        trust = _largest(lambda t: noise + t * spread + (1 - t) * least - LEAST_VARIANCE * (noise + least), batch)
+        spread = trust * spread + (1 - trust) * least
+        cross = prediction.slope * (trust * products + (1 - trust) * by_variance) / scale[..., None, :]
+        taken = jnp.einsum("pskd,psld->pskl", cross, cross)
+        share = _largest(lambda t: noise + (1 - LEAST_VARIANCE) * spread - t**2 * taken, batch)
+        cross, taken = share * cross, share**2 * taken
+        root, rest = _cholesky(noise + spread), _cholesky(noise + spread - taken)
+    white = _solve_lower(root, residual)
+    log_value += -0.5 * (white**2).sum(-1) - _half_log_det(root) - 0.5 * num_rows * math.log(2 * math.pi)
+    diagonals = (jnp.diagonal(a, axis1=-2, axis2=-1) for a in (noise, noise + spread))
+    log_value += _discrepancy(reading.discrepancy, *diagonals)
+    shift = _in_noise(prediction, gradient).reshape(*batch, size)
+    mean = (prediction.x_0 if prediction.is_last else prediction.reverse.mean).reshape(*batch, size)
+    return Guided(log_value, NormalGuide(mean, scale, cross, root, rest, residual, shift, log_known))
 
 
-def _by_diagonal(
-    prediction: Prediction,
-    reading: Reading,
-    rows: Array,
-    residual: Array,
-    covariance: Array,
-    log_value: Array,
-    shift: Array,
-    log_known: Array,
-) -> Guided:
-    """Many observations: each by itself, with the variance of x_0 coordinate by coordinate."""
-    batch = residual.shape[:2]
-    noise = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    spread = jax.vmap(lambda row: (row**2 * prediction.variance).reshape(*batch, -1).sum(-1))(rows)
-    variance = noise + jnp.moveaxis(spread, 0, -1)
-    log_value += -0.5 * (residual**2 / variance + jnp.log(2 * math.pi * variance)).sum(-1)
-    log_value += _discrepancy(reading.discrepancy, noise, jax.vmap(jax.vmap(jnp.diag))(variance))
-    shift += jnp.einsum("kps...,psk->ps...", rows, residual / variance)
-    return Guided(log_value, _shifted(prediction, shift)._replace(log_known=log_known))
-
-
-def _discrepancy(discrepancy: Array, noise: Array, covariance: Array) -> Array:
+def _discrepancy(discrepancy: Array, noise: Array, variance: Array) -> Array:
     """What a density that was taken for normal differs by at the mean, as far as the noise makes up the spread."""
-    total = jnp.diagonal(covariance, axis1=-2, axis2=-1)[..., : discrepancy.shape[-1]]
-    share = noise[..., : discrepancy.shape[-1]] / total
-    return (share * jnp.clip(discrepancy, -5.0, 5.0)).sum(-1)
+    count = discrepancy.shape[-1]
+    return (noise[..., :count] / variance[..., :count] * jnp.clip(discrepancy, -5.0, 5.0)).sum(-1)
 
 
 def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Prediction, Array, Array]:
@@ -484,14 +513,15 @@ def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Pred
     return prediction, known_scale, log_known
 
 
-def _shifted(prediction: Prediction, gradient: Array) -> NormalGuide:
+def _shifted(prediction: Prediction, gradient: Array, log_known: Array | None = None) -> NormalGuide:
     r"""The step with its mean shifted along a gradient by :math:`x_0` (eq. 61)."""
     batch = prediction.x_t.shape[:2]
     mean = prediction.x_0 if prediction.is_last else prediction.reverse.mean
     scale = jnp.sqrt(prediction.variance if prediction.is_last else prediction.reverse.variance)
     mean, scale, shift = (a.reshape(*batch, -1) for a in (mean, scale, _in_noise(prediction, gradient)))
-    none = jnp.zeros((*batch, 0, mean.shape[-1]), mean.dtype)
-    return NormalGuide(mean, scale, none, none[..., 0], none[..., 0], shift, jnp.zeros(batch, mean.dtype))
+    rows, root = jnp.zeros((*batch, 0, mean.shape[-1]), mean.dtype), jnp.zeros((*batch, 0, 0), mean.dtype)
+    log_known = jnp.zeros(batch, mean.dtype) if log_known is None else log_known
+    return NormalGuide(mean, scale, rows, root, root, root[..., 0], shift, log_known)
 
 
 def _in_noise(prediction: Prediction, gradient: Array) -> Array:
@@ -530,33 +560,35 @@ def _padded(covariance: Array, diagonal: Array) -> Array:
     return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
 
 
-def _clipped(matrix: Array, scale: Array) -> Array:
-    """A symmetric matrix made positive, relative to ``scale``: a trained network's Jacobian is no covariance."""
-    if matrix.shape[-1] == 1:
-        return jnp.maximum(matrix, LEAST_VARIANCE * scale)
-    tiny = 1e-6 * jnp.trace(scale, axis1=-2, axis2=-1)[..., None, None]
-    root = jnp.linalg.cholesky(scale + tiny * jnp.eye(scale.shape[-1], dtype=scale.dtype))
-    whiten = jax.scipy.linalg.solve_triangular(root, matrix, lower=True)
-    whiten = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(whiten, -1, -2), lower=True)
-    values, vectors = _eigh(whiten)
-    back = jnp.einsum("psik,pskl->psil", root, vectors)
-    return jnp.einsum("psik,psk,psjk->psij", back, jnp.maximum(values, LEAST_VARIANCE), back)
+def _largest(matrix: Callable[[Array], Array], batch: tuple[int, ...]) -> Array:
+    """The largest t of a few in [0, 1] for which ``matrix(t)`` is positive, of shape ``(P, S, 1, 1)``; 0 if none is."""
+    found = jnp.ones((*batch, 1, 1))
+    for t in (0.9, 0.6, 0.3, 0.0):
+        bad = jnp.isnan(_cholesky(matrix(found))).any((-2, -1), keepdims=True)
+        found = jax.lax.cond(bad.any(), lambda f, bad=bad, t=t: jnp.where(bad, t, f), lambda f: f, found)
+    return found
 
 
-def _inverse_root(matrix: Array) -> tuple[Array, Array]:
-    """W with W matrix Wᵀ = I, and the matrix's log determinant."""
-    if matrix.shape[-1] == 1:
-        return 1 / jnp.sqrt(matrix), jnp.log(matrix[..., 0, 0])
-    root = jnp.linalg.cholesky(matrix)
-    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    whiten = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
-    return whiten, 2 * jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+def _cholesky(matrix: Array) -> Array:
+    """The lower factor; NaN where the matrix is not positive."""
+    return jnp.sqrt(matrix) if matrix.shape[-1] == 1 else jnp.linalg.cholesky(matrix, symmetrize_input=False)
 
 
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    if matrix.shape[-1] == 1:
-        return matrix[..., 0], jnp.ones_like(matrix)
-    return jnp.linalg.eigh(matrix)
+def _solve_lower(root: Array, vector: Array) -> Array:
+    if root.shape[-1] <= 1:
+        return vector / root.reshape(vector.shape)
+    return jax.scipy.linalg.solve_triangular(root, vector[..., None], lower=True)[..., 0]
+
+
+def _solve(root: Array, vector: Array) -> Array:
+    """S⁻¹ vector, by the factor of S."""
+    if root.shape[-1] <= 1:
+        return vector / root.reshape(vector.shape) ** 2
+    return jax.scipy.linalg.cho_solve((root, True), vector[..., None])[..., 0]
+
+
+def _half_log_det(root: Array) -> Array:
+    return jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
 
 
 # --- bits ----------------------------------------------------------------------------------------------------------

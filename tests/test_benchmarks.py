@@ -20,6 +20,7 @@ from benchmarks import (
     gradient_variance,
     likelihood,
     naive_numpyro,
+    posterior,
     precision,
     sampling,
     setting,
@@ -182,11 +183,13 @@ NOTES = {  # of rows that time nothing
     precision: ".* bits",
     flow: ".* bits",
     digits: r".* bits/dim, .*( s|% bound only)",
+    posterior: r"log Z .*, TV on 20 × 20 cells .*",
 }
 
 
 @pytest.mark.parametrize(
-    "module", [training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits]
+    "module",
+    [training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits, posterior],
 )
 def test_rows(module, tmp_path):
     if module in (flow, digits):

@@ -59,18 +59,6 @@ class Result(NamedTuple):
     ess: Array
 
 
-def chain(log_snr: np.ndarray) -> Chain:
-    """Of a schedule, by its log signal-to-noise ratios."""
-    drop = np.append(np.inf, -np.diff(log_snr))
-    alpha_bar, erased = 1 / (1 + np.exp(-log_snr)), 1 / (1 + np.exp(log_snr))
-    previous_alpha_bar, previous_erased = np.append(1, alpha_bar[:-1]), np.append(0, erased[:-1])
-    innovation = -np.expm1(-drop)
-    shrinkage = np.expm1(-drop - 0.5 * np.log1p(-innovation * erased))
-    from_x_0 = np.sqrt(previous_alpha_bar) * innovation
-    fields = (log_snr, shrinkage, from_x_0, previous_erased * innovation, erased / np.sqrt(alpha_bar))
-    return Chain(jnp.arange(1, len(log_snr) + 1), *(jnp.asarray(field, dtype=float) for field in fields))
-
-
 def measurement(
     y: np.ndarray, matrix: np.ndarray, covariance: np.ndarray, loc: Any = 0.0, scale: Any = 1.0
 ) -> Measurement:
