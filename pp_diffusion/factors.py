@@ -387,6 +387,14 @@ def _describe(draft: Factors) -> Factors:
     if not any(name in depends[n] for n in observed):
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
     kept = {n: m for n, m in latents.items() if n not in dropped}
+    again = draft.trace(None, {}, rng_key=1)[0] if kept else {}
+    for site, m in kept.items():
+        is_free = not (m["fn"].support.is_discrete or isinstance(_unwrap(m["fn"]).base, dist.Delta))
+        if is_free and np.array_equal(m["value"], again[site]["value"]):
+            raise ValueError(
+                f"latent site {site!r} is drawn the same whatever the seed: give the model without handlers.seed, and "
+                "fix latents by handlers.condition, not by substitute"
+            )
     for site in (name, *kept, *observed):
         if SEED in depends[site]:
             raise ValueError(

@@ -190,8 +190,15 @@ class ReverseProcess(Frozen):
         context = jax.tree.map(
             lambda c: jnp.broadcast_to(c, batch_shape + jnp.shape(c)[self.context_batch_ndim :]), self.context
         )
-        outputs = self.network(self.params, x_t, t, log_snr, context)
-        check_outputs(outputs, self.rule, x_t.shape)
+        if len(batch_shape) > 1:  # networks are fastest on rows
+            x_rows, t, log_snr = (a.reshape(-1, *a.shape[len(batch_shape) :]) for a in (x_t, t, log_snr))
+            context = jax.tree.map(lambda c: c.reshape(-1, *c.shape[len(batch_shape) :]), context)
+            outputs = self.network(self.params, x_rows, t, log_snr, context)
+            check_outputs(outputs, self.rule, x_rows.shape)
+            outputs = tuple(out.reshape(x_t.shape) for out in outputs)
+        else:
+            outputs = self.network(self.params, x_t, t, log_snr, context)
+            check_outputs(outputs, self.rule, x_t.shape)
         outputs = tuple(jnp.asarray(out, dtype=float) for out in outputs)  # networks may compute in less
         return self.rule.reverse(self.kernel, x_t, rates, *outputs)
 

@@ -119,7 +119,7 @@ class NormalGuide(NamedTuple):
     :ivar root: the Cholesky factor of S, shape ``(P, S, K, K)``.
     :ivar rest: that of E, which C leaves of S.
     :ivar residual: e, shape ``(P, S, K)``.
-    :ivar shift: s, by the gradient of what is not normal (eq. 61).
+    :ivar shift: s, by the gradient of what is not normal (eq. 61); ``None`` for zero.
     :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, S)``.
     """
 
@@ -129,27 +129,29 @@ class NormalGuide(NamedTuple):
     root: Array
     rest: Array
     residual: Array
-    shift: Array
+    shift: Array | None
     log_known: Array
 
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
         free_key, rest_key = jax.random.split(rng_key)
         free = jax.random.normal(free_key, self.mean.shape, self.mean.dtype)
-
-        def seen(n: Array) -> Array:
-            return jnp.einsum("pskd,psd->psk", self.rows, n)
-
-        def gain(e: Array) -> Array:
-            return jnp.einsum("pskd,psk->psd", self.rows, _solve(self.root, e))
-
-        noise = jax.random.normal(rest_key, self.residual.shape, self.mean.dtype)
-        around = free - gain(seen(free) + jnp.einsum("pskl,psl->psk", self.rest, noise))
-        to_mean = gain(self.residual) + self.shift
-        of_rest = _solve_lower(self.rest, seen(around))
-        log_ratio = 0.5 * (of_rest**2).sum(-1) - (to_mean * (around + 0.5 * to_mean)).sum(-1)
-        log_ratio += _half_log_det(self.rest) - _half_log_det(self.root) + self.log_known
-        return (self.mean + self.scale * (around + to_mean)).reshape(shape), log_ratio
+        rows, root, rest = self.rows, self.root, self.rest
+        noise = jnp.einsum("pskl,psl->psk", rest, jax.random.normal(rest_key, self.residual.shape, free.dtype))
+        along = _solve(root, jnp.einsum("pskd,psd->psk", rows, free) + noise)
+        weights = _solve(root, self.residual)
+        moved = jnp.einsum("pskd,psk->psd", rows, weights - along)
+        # of n less its mean: C (n - mean) = E along - noise, so that nothing of length D has to be computed again
+        around = jnp.einsum("pskl,psml,psm->psk", rest, rest, along) - noise
+        of_rest = _solve_lower(rest, around)
+        of_mean = _solve_lower(root, self.residual)
+        left = jnp.einsum("psml,psm->psl", rest, weights)
+        log_ratio = 0.5 * ((of_rest**2).sum(-1) - (of_mean**2).sum(-1) + (left**2).sum(-1)) - (weights * around).sum(-1)
+        log_ratio += _half_log_det(rest) - _half_log_det(root) + self.log_known
+        if self.shift is not None:  # the mean is that much further
+            log_ratio -= (self.shift * (free + moved + 0.5 * self.shift)).sum(-1)
+            moved += self.shift
+        return (self.mean + self.scale * (free + moved)).reshape(shape), log_ratio
 
     def where(self, condition: Array) -> NormalGuide:
         """Unguided where ``condition``, of shape ``(P, S)``, does not hold."""
@@ -163,14 +165,14 @@ class NormalGuide(NamedTuple):
             root=choose(self.root, identity),
             rest=choose(self.rest, identity),
             residual=choose(self.residual, 0.0),
-            shift=choose(self.shift, 0.0),
+            shift=None if self.shift is None else choose(self.shift, 0.0),
         )
 
     @property
     def is_finite(self) -> Array:
         """Of shape ``(P, S)``."""
         fine = jnp.ones(self.mean.shape[:2], bool)
-        for part in (self.rows, self.root, self.rest, self.residual, self.shift):
+        for part in jax.tree.leaves((self.root, self.rest, self.residual, self.shift)):
             fine &= jnp.isfinite(part).all(tuple(range(2, part.ndim)))
         return fine
 
@@ -432,7 +434,8 @@ def _conditioned(
     noise = _padded(reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny), unused)
     log_value = reading.correction + log_known + 0.5 * math.log(2 * math.pi) * unused.sum(-1)
     gradient = jnp.zeros(shape, scale.dtype)
-    if any(site.kind in (OTHER, FACTOR) for site in factors.observed):
+    has_other = any(site.kind in (OTHER, FACTOR) for site in factors.observed)
+    if has_other:
         log_other, of_other = _averaged(factors, prediction, latents, rng_key)
         log_value += log_other
         gradient += power * of_other
@@ -462,21 +465,25 @@ def _conditioned(
         root, rest = _cholesky(noise + spread), _cholesky(noise)
     else:
         # with the variances of x_0 alone, everything is positive; the Jacobian adds to it as much as it can be trusted
-        by_variance = rows * prediction.variance.reshape(*batch, 1, size)
-        least = jnp.einsum("pskd,psld->pskl", rows, by_variance)
+        variance = prediction.variance.reshape(*batch, 1, size)
+        least = jnp.einsum("pskd,psld->pskl", rows, rows * variance)
         spread = 0.5 * (spread + jnp.swapaxes(spread, -1, -2))
         trust = _largest(lambda t: noise + t * spread + (1 - t) * least - LEAST_VARIANCE * (noise + least), batch)
         spread = trust * spread + (1 - trust) * least
-        cross = prediction.slope * (trust * products + (1 - trust) * by_variance) / scale[..., None, :]
+        products = jax.lax.cond(
+            (trust < 1).any(), lambda p, r: trust * p + (1 - trust) * r * variance, lambda p, r: p, products, rows
+        )
+        cross = prediction.slope * products / scale[..., None, :]
         taken = jnp.einsum("pskd,psld->pskl", cross, cross)
         share = _largest(lambda t: noise + (1 - LEAST_VARIANCE) * spread - t**2 * taken, batch)
-        cross, taken = share * cross, share**2 * taken
+        cross = jax.lax.cond((share < 1).any(), lambda c: share * c, lambda c: c, cross)
+        taken = share**2 * taken
         root, rest = _cholesky(noise + spread), _cholesky(noise + spread - taken)
     white = _solve_lower(root, residual)
     log_value += -0.5 * (white**2).sum(-1) - _half_log_det(root) - 0.5 * num_rows * math.log(2 * math.pi)
     diagonals = (jnp.diagonal(a, axis1=-2, axis2=-1) for a in (noise, noise + spread))
     log_value += _discrepancy(reading.discrepancy, *diagonals)
-    shift = _in_noise(prediction, gradient).reshape(*batch, size)
+    shift = _in_noise(prediction, gradient).reshape(*batch, size) if has_other else None
     mean = (prediction.x_0 if prediction.is_last else prediction.reverse.mean).reshape(*batch, size)
     return Guided(log_value, NormalGuide(mean, scale, cross, root, rest, residual, shift, log_known))
 
@@ -519,9 +526,9 @@ def _shifted(prediction: Prediction, gradient: Array, log_known: Array | None = 
     mean = prediction.x_0 if prediction.is_last else prediction.reverse.mean
     scale = jnp.sqrt(prediction.variance if prediction.is_last else prediction.reverse.variance)
     mean, scale, shift = (a.reshape(*batch, -1) for a in (mean, scale, _in_noise(prediction, gradient)))
-    rows, root = jnp.zeros((*batch, 0, mean.shape[-1]), mean.dtype), jnp.zeros((*batch, 0, 0), mean.dtype)
+    rows, root, none = (jnp.zeros((*batch, *shape), mean.dtype) for shape in ((0, mean.shape[-1]), (0, 0), (0,)))
     log_known = jnp.zeros(batch, mean.dtype) if log_known is None else log_known
-    return NormalGuide(mean, scale, rows, root, root, root[..., 0], shift, log_known)
+    return NormalGuide(mean, scale, rows, root, root, none, shift, log_known)
 
 
 def _in_noise(prediction: Prediction, gradient: Array) -> Array:

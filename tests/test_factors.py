@@ -745,6 +745,11 @@ REFUSED = {
     "joint transform": (joint_transform, ValueError, "'y'.*each coordinate alone"),
     "latent in a scan": (latent_in_scan, ValueError, "'y' is random.*scan"),
     "random": (random_likelihood, ValueError, "'y' is random.*prng_key"),
+    "seeded": (
+        handlers.seed(partial(half_normal, GAUSSIAN), 0),
+        ValueError,
+        "'sigma' is drawn the same.*handlers.seed",
+    ),
     "untrained": (lambda: flax_net(Y), ValueError, "'y' is random.*not trained"),
 }
 
