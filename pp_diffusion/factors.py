@@ -71,7 +71,8 @@ class Reading(NamedTuple):
     :ivar log_prior: the other latents' log density, in unconstrained space.
     :ivar residual: y − h(x), shape ``(…, k)``; zero where masked.
     :ivar noise: the noise's covariance, shape ``(…, k, k)``.
-    :ivar correction: log r less the normal density of the residuals, where they are normal (masks, scales).
+    :ivar correction: log r less the normal density of the residuals, where they are normal (masks, scales), and what
+        depends on nothing.
     :ivar discrepancy: the same per residual, where a density was taken for a normal one.
     :ivar elements: log r per number observed, where all sites' densities come so.
     """
@@ -288,6 +289,7 @@ class Factors(Frozen):
             log_prob = total(site, _scaled(message, _log_prob(message)))
             log_r += log_prob
             log_other += log_prob if site.kind in (OTHER, FACTOR) else 0.0
+            correction += log_prob if site.kind == CONSTANT else 0.0
             if self.owner is not None:
                 elements.append(site.layout.split(_log_prob_elements(message)).reshape(systems, -1))
             if site.kind in (NORMAL, MULTIVARIATE, MOMENTS):

@@ -81,7 +81,10 @@ def conjugate():
 TRUTH = -2.2655121
 
 
-@pytest.mark.parametrize("twist", ["moment", "annealed", "lookahead", "constant"])
+@pytest.mark.parametrize(
+    "twist",
+    ["moment", "annealed", *(pytest.param(twist, marks=pytest.mark.slow) for twist in ("lookahead", "constant"))],
+)
 def test_the_conjugate_posterior_under_each_twist(twist):
     """N(0, 1) seen as 2 with unit noise: N(1, .5), log Z = -2.2655; 100 runs of 1000 particles, T = 100."""
     smc, samples, log_evidences = chains_of(conjugate(), jnp.array([2.0]), 1.0, twist=twist)
@@ -99,6 +102,7 @@ def test_the_conjugate_posterior_under_each_twist(twist):
         check_moments(x, np.ones(1), np.full((1, 1), 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twist", ["moment", "annealed"])
 def test_a_narrow_prior(twist):
     """N(0, 1/4), which is not what the chain ends in: exactly N(.4, .2)."""
@@ -111,6 +115,7 @@ def test_a_narrow_prior(twist):
     check_moments(samples["x"], posterior[0], posterior[1])
 
 
+@pytest.mark.slow
 def test_where_sampling_the_prior_collapses():
     """A correlated observation 4.5 deviations out, noise .2, against the closed form of the chain's own law."""
     matrix = np.array([[1.0, 0.5]])
@@ -133,6 +138,7 @@ def test_a_perturbed_f_mu_only_costs_variance():
     check_moments(samples["x"], posterior[0], posterior[1])
 
 
+@pytest.mark.slow
 def test_one_coordinate_observed_exactly():
     """rho = .8, the second coordinate known to be 1.5, T = 1000: 1.2 ± .01 and .36 ± .01 (the paper's way: .909/.495);
     the evidence is the density of what is known."""
@@ -231,6 +237,7 @@ def test_a_plate_is_as_many_systems():
         check_moments(samples["x"][:, :, row], truth[0], truth[1])
 
 
+@pytest.mark.slow
 def test_a_site_outside_the_plate_couples_its_elements():
     """y ~ N(sum of all x, 1): one system over the joint x."""
     prior, mean, covariance = linear_prior(ASYMMETRIC, 50)
@@ -256,6 +263,7 @@ def test_a_site_outside_the_plate_couples_its_elements():
     check_moments(np.asarray(samples["x"]).reshape(50, 1000, 4), truth[0], truth[1])
 
 
+@pytest.mark.slow
 def test_masked_and_scaled_sites():
     """Entries that are masked say nothing (NaN among them); a site of scale 1/2 counts half."""
     prior, mean, covariance = linear_prior(ASYMMETRIC, 50)
@@ -334,7 +342,19 @@ LIKELIHOODS = {
 
 @pytest.mark.parametrize(
     ("model", "twist"),
-    [*((model, "moment") for model in LIKELIHOODS), (through_flips, "annealed"), (by_a_factor, "annealed")],
+    [
+        (some_known, "moment"),
+        (counted, "moment"),
+        *(
+            pytest.param(model, twist, marks=pytest.mark.slow)
+            for model, twist in (
+                (through_flips, "moment"),
+                (by_a_factor, "moment"),
+                (through_flips, "annealed"),
+                (by_a_factor, "annealed"),
+            )
+        ),
+    ],
 )
 def test_the_posterior_of_words(model, twist):
     """200 000 pooled draws against enumeration: total variation <= .01 under the moment twist."""
