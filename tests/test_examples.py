@@ -26,8 +26,13 @@ FIGURES = {
     "digits": ["digits_samples.png"],
     "likelihood": [f"likelihood_roll-40_{figure}.png" for figure in ("khat", "convergence", "entropies")],
     "quasi_static": ["quasi_static.png"],
+    "composition_bias": ["composition_bias.png"],
+    "posterior_heartbeat": ["posterior_heartbeat.png"],
+    "posterior_swiss_roll": ["posterior_swiss_roll.png"],
+    "posterior_digits": ["posterior_digits.png"],
+    "spatial_prior": ["spatial_prior.png"],
 }
-
+SLOW = {"posterior_heartbeat", "posterior_swiss_roll", "posterior_digits", "spatial_prior"}  # half a minute and more
 
 ROWS = {
     "swiss_roll": ["6.45", "the paper's network, v, T=40", "MLP, T=1000, last step by it"],
@@ -36,6 +41,11 @@ ROWS = {
     "digits": ["L_null"],
     "likelihood": ["swiss roll, T=40", "trajectories per datum", "Outside the bounds"],
     "quasi_static": ["T = 5", "T = 50", "falls as T to the power -"],
+    "composition_bias": ["r at every step", "pinned at every step", "-2.0439"],
+    "posterior_heartbeat": ["enumeration", "bins 1, 6, 12 are 0", "total variation of the posterior"],
+    "posterior_swiss_roll": ["exact", "SMC, T = 10", "NUTS, T = 10"],
+    "posterior_digits": ["SMC"],
+    "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
 }
 
 
@@ -49,7 +59,9 @@ def run(module, folder, *options):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FIGURES]
+)
 def test_example(name, tmp_path):
     out = run(f"examples.{name}", tmp_path, "--small")
     assert all(row in out for row in ROWS[name])
