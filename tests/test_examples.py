@@ -29,7 +29,7 @@ FIGURES = {
     "composition_bias": ["composition_bias.png"],
     "posterior_heartbeat": ["posterior_heartbeat.png"],
     "posterior_swiss_roll": ["posterior_swiss_roll.png"],
-    "posterior_digits": ["posterior_digits.png"],
+    "posterior_digits": ["posterior_digits_noisy.png", "posterior_digits_half.png"],
     "spatial_prior": ["spatial_prior.png"],
 }
 SLOW = {"posterior_heartbeat", "posterior_swiss_roll", "posterior_digits", "spatial_prior"}  # half a minute and more
@@ -44,7 +44,7 @@ ROWS = {
     "composition_bias": ["r at every step", "pinned at every step", "-2.0439"],
     "posterior_heartbeat": ["enumeration", "bins 1, 6, 12 are 0", "total variation of the posterior"],
     "posterior_swiss_roll": ["exact", "SMC, T = 10", "NUTS, T = 10"],
-    "posterior_digits": ["SMC"],
+    "posterior_digits": ["noise of sd 4", "lower half hidden"],
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
 }
 
