@@ -98,7 +98,7 @@ class Result(NamedTuple):
 
 
 def by_smc(
-    prior: ppd.DiffusionPrior, x: np.ndarray, known: Any, missing: Any, num_particles: int, **kwargs: Any
+    prior: ppd.DiffusionPrior, x: np.ndarray, known: Any, missing: Any, num_particles: int, progress: bool
 ) -> Result:
     """All rows in one run."""
     y = jnp.asarray(np.take_along_axis(x, known, 1), float)

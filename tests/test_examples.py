@@ -31,8 +31,15 @@ FIGURES = {
     "posterior_swiss_roll": ["posterior_swiss_roll.png"],
     "posterior_digits": ["posterior_digits_noisy.png", "posterior_digits_half.png"],
     "spatial_prior": ["spatial_prior.png"],
+    "missing_values": ["missing_values.png"],
 }
-SLOW = {"posterior_heartbeat", "posterior_swiss_roll", "posterior_digits", "spatial_prior"}  # half a minute and more
+SLOW = {
+    "posterior_heartbeat",
+    "posterior_swiss_roll",
+    "posterior_digits",
+    "spatial_prior",
+    "missing_values",
+}  # half a minute and more
 
 ROWS = {
     "swiss_roll": ["6.45", "the paper's network, v, T=40", "MLP, T=1000, last step by it"],
@@ -46,6 +53,7 @@ ROWS = {
     "posterior_swiss_roll": ["exact", "SMC, T = 10", "NUTS, T = 10"],
     "posterior_digits": ["noise of sd 4", "lower half hidden"],
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
+    "missing_values": ["SMC", "IterativeImputer"],
 }
 
 
