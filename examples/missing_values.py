@@ -55,16 +55,16 @@ def train(rows: np.ndarray, num_steps: int = 5_000, *, progress: bool = True) ->
     def batch(rng_key: jax.Array) -> jax.Array:
         which, key = jax.random.split(rng_key)
         x = rows[jax.random.randint(which, (256,), 0, len(rows))]
-        return x + 0.01 * jax.random.normal(key, x.shape)
+        return x + 0.03 * jax.random.normal(key, x.shape)
 
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((NUM_COLUMNS,)),
         ppd.FixedSchedule.log_linear(T, first_beta=3e-4, final_log_snr=-7.0),
-        ppd.networks.MLP(),
+        ppd.networks.MLP((128, 128)),
         last_step="network",
     )
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, num_steps // 20, num_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.3))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.5))
     return ppd.fit(
         jax.random.key(0),
         diffusion,
@@ -98,7 +98,7 @@ class Result(NamedTuple):
 
 
 def by_smc(
-    prior: ppd.DiffusionPrior, x: np.ndarray, known: Any, missing: Any, num_particles: int, progress: bool
+    prior: ppd.DiffusionPrior, x: np.ndarray, known: np.ndarray, missing: np.ndarray, num_particles: int, progress: bool
 ) -> Result:
     """All rows in one run."""
     y = jnp.asarray(np.take_along_axis(x, known, 1), float)
@@ -149,9 +149,9 @@ def scores(found: Result, true: np.ndarray) -> dict[str, np.ndarray]:
 def run(
     *,
     num_steps: int = 5_000,
-    num_rows: int = 169,
+    num_rows: int = 60,
     num_particles: int = 128,
-    num_draws: int = 50,
+    num_draws: int = 20,
     figures: Path,
     progress: bool = True,
 ) -> dict[str, Result]:
