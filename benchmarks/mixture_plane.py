@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array
+from jax.tree_util import Partial
 from scipy.special import logsumexp
 
 from benchmarks.mixture import CENTRES, draw_weights
@@ -63,12 +64,12 @@ class Seen:
 
 def counts(seed: int) -> Seen:
     """Two Poisson counts, with log rates 2 + a·x and sensitivities a of length 1/20."""
-    return _measured((1, seed), partial(_counts, jnp.asarray(_directions((1, seed)), float) / 20))
+    return _measured((1, seed), Partial(_counts, jnp.asarray(_directions((1, seed)), float) / 20))
 
 
 def magnitudes(seed: int) -> Seen:
     """The magnitudes of two projections, with noise of standard deviation 2: the signs are lost."""
-    return _measured((2, seed), partial(_magnitudes, jnp.asarray(_directions((2, seed)), float)))
+    return _measured((2, seed), Partial(_magnitudes, jnp.asarray(_directions((2, seed)), float)))
 
 
 def _counts(matrix: Array, x: Array) -> dist.Distribution:

@@ -21,8 +21,8 @@ from numpyro.infer import log_likelihood
 from tqdm.auto import tqdm
 
 from pp_diffusion import _arviz
-from pp_diffusion._cholesky import cholesky
 from pp_diffusion._frozen import Frozen
+from pp_diffusion._matrices import cholesky, einsum
 from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_model
 from pp_diffusion.schedules import positive_int
 from pp_diffusion.twists import (
@@ -299,7 +299,7 @@ def _move(
 
     if flat is not None:
         centred = flat - flat.mean(0)
-        covariance = jnp.einsum("psi,psj->sij", centred, centred) / len(flat)
+        covariance = einsum("psi,psj->sij", centred, centred) / len(flat)
         trace = jnp.trace(covariance, axis1=-2, axis2=-1)[:, None, None] / flat.shape[-1]
         root = cholesky(covariance + (1e-4 * trace + 1e-8) * jnp.eye(flat.shape[-1]))
 
@@ -312,7 +312,7 @@ def _move(
             now = jnp.concatenate([latents[name].reshape(*batch, -1) for name in continuous], -1)
             scale = 10 ** jax.random.uniform(scale_key, (*batch, 1), minval=-1.0, maxval=0.0)
             scale *= 2.38 / math.sqrt(flat.shape[-1])
-            direction = jnp.einsum("sij,psj->psi", root, jax.random.normal(normal_key, flat.shape))
+            direction = einsum("sij,psj->psi", root, jax.random.normal(normal_key, flat.shape))
             proposed |= unflatten(now + scale * direction)
         if has_discrete:
             redrawn, log_ratio = factors.redraw_discrete(prior_key, latents)

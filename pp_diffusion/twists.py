@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from pp_diffusion._cholesky import cholesky, half_log_det, solve, solve_lower
 from pp_diffusion._frozen import Frozen
+from pp_diffusion._matrices import cholesky, einsum, half_log_det, solve, solve_lower
 from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
@@ -138,15 +138,15 @@ class NormalGuide(NamedTuple):
         free_key, rest_key = jax.random.split(rng_key)
         free = jax.random.normal(free_key, self.mean.shape, self.mean.dtype)
         rows, root, rest = self.rows, self.root, self.rest
-        noise = jnp.einsum("pskl,psl->psk", rest, jax.random.normal(rest_key, self.residual.shape, free.dtype))
-        along = solve(root, jnp.einsum("pskd,psd->psk", rows, free) + noise)
+        noise = einsum("pskl,psl->psk", rest, jax.random.normal(rest_key, self.residual.shape, free.dtype))
+        along = solve(root, einsum("pskd,psd->psk", rows, free) + noise)
         weights = solve(root, self.residual)
-        moved = jnp.einsum("pskd,psk->psd", rows, weights - along)
+        moved = einsum("pskd,psk->psd", rows, weights - along)
         # of n less its mean: C (n - mean) = E along - noise, so that nothing of length D has to be computed again
-        around = jnp.einsum("pskl,psml,psm->psk", rest, rest, along) - noise
+        around = einsum("pskl,psml,psm->psk", rest, rest, along) - noise
         of_rest = solve_lower(rest, around)
         of_mean = solve_lower(root, self.residual)
-        left = jnp.einsum("psml,psm->psl", rest, weights)
+        left = einsum("psml,psm->psl", rest, weights)
         log_ratio = 0.5 * ((of_rest**2).sum(-1) - (of_mean**2).sum(-1) + (left**2).sum(-1)) - (weights * around).sum(-1)
         log_ratio += half_log_det(rest) - half_log_det(root) + self.log_known
         if self.shift is not None:  # the mean is that much further
@@ -460,20 +460,20 @@ def _conditioned(
     unflat_rows = jax.vmap(lambda seed: pull(seed)[0])(jnp.broadcast_to(seeds, (num_rows, *batch, num_rows)))
     products = flat(jax.vmap(prediction.covariance)(unflat_rows))
     rows, scale = flat(unflat_rows), scale.reshape(*batch, size)
-    spread = jnp.einsum("pskd,psld->pskl", rows, products)
+    spread = einsum("pskd,psld->pskl", rows, products)
     if prediction.is_last:
         cross = rows * scale[..., None, :]
         root, rest = cholesky(noise + spread), cholesky(noise)
     else:
         # with the variances of x_0 alone, everything is positive; the Jacobian adds to it as much as it can be trusted
         variance = prediction.variance.reshape(*batch, 1, size)
-        least = jnp.einsum("pskd,psld->pskl", rows, rows * variance)
+        least = einsum("pskd,psld->pskl", rows, rows * variance)
         spread = 0.5 * (spread + jnp.swapaxes(spread, -1, -2))
         trust = _largest(lambda t: noise + t * spread + (1 - t) * least - LEAST_VARIANCE * (noise + least))
         spread = trust * spread + (1 - trust) * least
         products = trust * products + (1 - trust) * rows * variance
         cross = prediction.slope * products / scale[..., None, :]
-        taken = jnp.einsum("pskd,psld->pskl", cross, cross)
+        taken = einsum("pskd,psld->pskl", cross, cross)
         share = _largest(lambda t: noise + (1 - LEAST_VARIANCE) * spread - t**2 * taken)
         cross, taken = share * cross, share**2 * taken
         root, rest = cholesky(noise + spread), cholesky(noise + spread - taken)
@@ -623,9 +623,7 @@ def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, r
         particles = shape[:2] if latents else (1, shape[1])  # r of a word is the same for all
         draws = jnp.broadcast_to(words.reshape(-1, 1, 1, *shape[2:]), (len(words), *particles, *shape[2:]))
         flat = probs.reshape(*shape[:2], size)
-        log_prob = jnp.einsum("ki,psi->kps", words, jnp.log(flat)) + jnp.einsum(
-            "ki,psi->kps", 1 - words, jnp.log1p(-flat)
-        )
+        log_prob = einsum("ki,psi->kps", words, jnp.log(flat)) + einsum("ki,psi->kps", 1 - words, jnp.log1p(-flat))
         trust = 1 - 1e-3
     else:
         uniform = jax.random.uniform(rng_key, (NUM_DRAWS, *factors.state_shape), probs.dtype)
@@ -636,7 +634,7 @@ def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, r
     log_twist = jax.nn.logsumexp(log_r, axis=0)
     weights = jax.nn.softmax(log_r, axis=0)
     weights = jnp.where(jnp.isfinite(weights), weights, 1 / len(draws))
-    tilted = jnp.einsum("kps,kps...->ps...", weights, jnp.broadcast_to(draws, (len(draws), *shape)))
+    tilted = einsum("kps,kps...->ps...", weights, jnp.broadcast_to(draws, (len(draws), *shape)))
     mixed = (trust * tilted + (1 - trust) * probs).reshape(*shape[:2], size)
     logits = _flat_logits(prediction)
     mixed = jnp.clip(mixed, jnp.finfo(mixed.dtype).tiny, 1 - jnp.finfo(mixed.dtype).eps)

@@ -2,7 +2,8 @@
 
 Twisted by Tweedie's moments: p(y | x_t) is taken as N(y; A m, A C A' + R), with m = E[x_0 | x_t] and
 C = (1 - abar) / sqrt(abar) dm/dx_t, and proposed by conditioning p(x_{t-1} | x_t) on y under the same moments. One
-network call per particle and step, and one vector-Jacobian product per measurement.
+network call per particle and step, and one vector-Jacobian product per measurement. All products are at full
+precision: with a GPU's default, the evidence is off by several nats.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def measurement(
     return Measurement(*(jnp.asarray(field, dtype=float) for field in fields))
 
 
+@jax.default_matmul_precision("highest")
 @partial(jax.jit, static_argnames=("num_particles", "ess_threshold", "low_snr", "floor"))
 def run(
     rng_key: Array,
@@ -127,15 +129,15 @@ def _twist(network: Network, measured: Measurement, x: Array, step: Chain, *, lo
     covariance = jnp.where((step.log_snr < low_snr) | is_first, by_variance, by_jacobian)  # A C, (d_y, N, d_x)
 
     sd = jnp.sqrt(variance)
-    explained = jnp.einsum("ind,jd->inj", covariance, measured.matrix, precision="highest").swapaxes(0, 1)
+    explained = jnp.einsum("ind,jd->inj", covariance, measured.matrix).swapaxes(0, 1)
     explained, turn = jnp.linalg.eigh(0.5 * (explained + explained.mT))
     spread = 1 + jnp.maximum(explained, 0)  # of y given x_t, in those directions
     whiten = turn.mT / jnp.sqrt(spread)[..., None]
-    residual = jnp.einsum("nij,nj->ni", whiten, measured.y - jnp.dot(x_0, measured.matrix.T, precision="highest"))
+    residual = jnp.einsum("nij,nj->ni", whiten, measured.y - jnp.dot(x_0, measured.matrix.T))
     log_value = -0.5 * jnp.sum(residual**2 + jnp.log(2 * jnp.pi * spread), -1)
 
-    gain = jnp.einsum("nij,jnd->nid", whiten, step.from_x_0 * covariance / sd, precision="highest")
-    explained, turn = jnp.linalg.eigh(jnp.einsum("nid,njd->nij", gain, gain, precision="highest"))
+    gain = jnp.einsum("nij,jnd->nid", whiten, step.from_x_0 * covariance / sd)
+    explained, turn = jnp.linalg.eigh(jnp.einsum("nid,njd->nij", gain, gain))
     kept = jnp.clip(explained, 0, 1 - jnp.where(is_first, 1e-6, floor))  # the last step is exact without
     pull = jnp.einsum("nij,ni->nj", turn, residual)
     turn = turn * jnp.sqrt(kept / jnp.maximum(explained, 1e-30))[:, None]

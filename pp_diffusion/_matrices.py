@@ -1,4 +1,4 @@
-"""Cholesky factors of many small matrices at once, in plain array code.
+"""Products and Cholesky factors of many small matrices at once, in plain array code.
 
 Within a compiled loop, batched calls of LAPACK were seen to wait for each other for ever on a machine of two cores
 (jaxlib 0.10); and on a GPU they are slow for small matrices. Axes in front of the last two are batch axes.
@@ -6,10 +6,14 @@ Within a compiled loop, batched calls of LAPACK were seen to wait for each other
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+#: Products at the full precision of their numbers, which a GPU's default is not.
+einsum = partial(jnp.einsum, precision="highest")
 UNROLLED = 6  # up to this size, a straight line of scalar operations
 
 
@@ -33,7 +37,7 @@ def _cholesky_loop(matrix: Array) -> Array:
     size = matrix.shape[-1]
 
     def column(j: Array, lower: Array) -> Array:
-        left = matrix[..., j] - jnp.einsum("...ik,...k->...i", lower, lower[..., j, :])
+        left = matrix[..., j] - einsum("...ik,...k->...i", lower, lower[..., j, :])
         scaled = left / jnp.sqrt(left[..., j, None])
         return lower.at[..., j].set(jnp.where(jnp.arange(size) >= j, scaled, 0.0))
 
@@ -66,7 +70,7 @@ def _substitute(triangle: Array, vector: Array, order: range) -> Array:
 
     def entry(n: Array, x: Array) -> Array:
         i = order.start + n * order.step
-        rest = vector[..., i] - jnp.einsum("...k,...k->...", triangle[..., i, :], x)
+        rest = vector[..., i] - einsum("...k,...k->...", triangle[..., i, :], x)
         return x.at[..., i].set(rest / triangle[..., i, i])
 
     return jax.lax.fori_loop(0, size, entry, jnp.zeros_like(vector))
