@@ -10,7 +10,7 @@ weights: posterior and evidence are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpyro
 import numpyro.distributions as dist
 
 import pp_diffusion as ppd
-from examples.report import arguments, print_table, save_figure
+from examples.report import arguments, mean_and_error, print_table, save_figure
 
 
 def exact_prior(covariance: Any, num_timesteps: int) -> ppd.DiffusionPrior:
@@ -116,9 +116,10 @@ CASES = [
 
 
 def run(
+    cases: Sequence[Case] = tuple(CASES),
     *,
     num_timesteps: int = 500,
-    num_particles: int = 1024,
+    num_particles: int = 2_500,
     num_draws: int = 20_000,
     figures: Path,
     progress: bool = True,
@@ -126,7 +127,7 @@ def run(
     """Prints the table, writes the figure; returns the draws of every case by every way."""
     results: dict[str, dict[str, np.ndarray]] = {}
     table = []
-    for case in CASES:
+    for case in cases:
         prior = exact_prior(case.covariance, num_timesteps)
         smc = ppd.SMC(case.model, num_particles=num_particles, num_chains=8, progress_bar=progress)
         smc.run(jax.random.key(2), prior)
@@ -136,24 +137,28 @@ def run(
         table.append((case.name, f"{case.mean:.3f}", f"{case.variance:.3f}", f"{case.log_evidence:.4f}"))
         for name, x in results[case.name].items():
             evidence = f"{float(smc.log_evidence):.4f} ± {float(smc.log_evidence_error):.4f}" if name == "SMC" else ""
-            table.append((f"    {name}", f"{x.mean():.3f}", f"{x.var():.3f}", evidence))
+            moments = (mean_and_error(x), mean_and_error((x - x.mean()) ** 2))
+            table.append((f"    {name}", *(f"{value:.3f} ± {error:.3f}" for value, error in moments), evidence))
     title = f"T = {num_timesteps}; {num_draws} draws, SMC: 8 times {num_particles} particles; exact in the first rows"
     print_table(title, ("mean", "variance", "log evidence"), table)
-    save_figure(_figure(results), figures, "composition_bias.png")
+    save_figure(_figure(cases, results), figures, "composition_bias.png")
     return results
 
 
-def _figure(results: dict[str, dict[str, np.ndarray]]) -> Any:
+def _figure(cases: Sequence[Case], results: dict[str, dict[str, np.ndarray]]) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(CASES), 3.5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(4 * len(cases), 3.5), layout="constrained", dpi=120)
     grid = np.linspace(-2, 4, 301)
-    for axis, case in zip(figure.subplots(1, len(CASES)), CASES, strict=True):
-        for name, x in results[case.name].items():
-            style = {"histtype": "stepfilled", "alpha": 0.3} if name == "SMC" else {"histtype": "step"}
+    for axis, case in zip(figure.subplots(1, len(cases)), cases, strict=True):
+        for i, (name, x) in enumerate(results[case.name].items()):
+            style: dict[str, Any] = {"histtype": "step", "color": f"C{i}"}
+            if name == "SMC":
+                style = {"histtype": "stepfilled", "color": "0.8"}
             axis.hist(x, bins=np.linspace(-2, 4, 61), density=True, label=name, **style)
         exact = dist.Normal(case.mean, np.sqrt(case.variance))
         axis.plot(grid, np.exp(np.asarray(exact.log_prob(grid))), "k", lw=1, label="exact")
+        axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
         axis.set(xlabel="x" if len(case.covariance) == 1 else "the unknown entry", yticks=[])
         axis.set_title(case.name, fontsize=9)
         axis.legend(fontsize=7)
@@ -162,5 +167,7 @@ def _figure(results: dict[str, dict[str, np.ndarray]]) -> Any:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size: dict[str, Any] = {"num_timesteps": 50, "num_particles": 64, "num_draws": 1_000} if args.small else {}
+    size: dict[str, Any] = {}
+    if args.small:
+        size = {"cases": CASES[1:], "num_timesteps": 50, "num_particles": 64, "num_draws": 1_000}
     run(**size, figures=args.figures, progress=args.progress)

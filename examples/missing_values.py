@@ -21,7 +21,7 @@ import numpyro.distributions as dist
 import optax
 
 import pp_diffusion as ppd
-from examples.report import arguments, print_table, save_figure, with_error
+from examples.report import arguments, interval, print_table, save_figure, with_error
 
 NUM_COLUMNS, NUM_MISSING = 30, 9
 T = 100
@@ -133,7 +133,7 @@ def scores(found: Result, true: np.ndarray) -> dict[str, np.ndarray]:
     """Per row: shares covered by 50 and 90 % intervals, root mean square error, CRPS and energy score, both without the
     bias of finitely many draws."""
     draws, half = found.draws, len(found.draws) // 2
-    low, low_50, high_50, high = np.quantile(draws, [0.05, 0.25, 0.75, 0.95], axis=0)
+    (low, high), (low_50, high_50) = interval(draws, 0.9), interval(draws, 0.5)
     order = np.random.default_rng(2).permutation(len(draws))
     one, other = draws[order[:half]], draws[order[half : 2 * half]]
     return {
@@ -151,7 +151,7 @@ def run(
     num_steps: int = 5_000,
     num_rows: int = 60,
     num_particles: int = 128,
-    num_draws: int = 20,
+    num_draws: int = 40,
     figures: Path,
     progress: bool = True,
 ) -> dict[str, Result]:
@@ -202,7 +202,7 @@ def _figure(data: Table, results: dict[str, Result], missing: np.ndarray, true: 
     intervals, ranks = figure.subplots(1, 2, width_ratios=(2, 1))
     place = np.arange(NUM_MISSING)
     for shift, (name, found) in zip((-0.15, 0.15), results.items(), strict=True):
-        low, median, high = np.quantile(found.draws[:, row], [0.05, 0.5, 0.95], axis=0)
+        (low, high), median = interval(found.draws[:, row], 0.9), np.median(found.draws[:, row], axis=0)
         intervals.errorbar(place + shift, median, (median - low, high - median), fmt=".", capsize=3, label=name)
         below = (found.draws < true).mean(0).ravel()
         ranks.hist(below, bins=np.linspace(0, 1, 11), density=True, histtype="step", label=name)

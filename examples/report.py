@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpyro.diagnostics import effective_sample_size
 
 
 def arguments(description: str | None, rows: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +47,36 @@ def with_error(values: Any, digits: int = 3) -> str:
     """``mean ± standard error``."""
     mean, error = mean_and_error(values)
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def interval(draws: Any, share: float) -> np.ndarray:
+    """Low and high ends that hold that share of what the draws (first axis) are of, the same to both sides.
+
+    Not NumPy's default quantiles: between those of 20 exact draws, 90 % of them, only 81 % of new ones fall.
+    """
+    return np.quantile(draws, [(1 - share) / 2, (1 + share) / 2], axis=0, method="weibull")
+
+
+def size_between_chains(draws: Any) -> float:
+    """The number of exact draws whose means would err as much as those of all these draws together, of shape
+    ``(chains, draws, *functions)``: the functions' variances over the variances of their means, which the spread of
+    independent chains' means tells.
+
+    The effective sample size of the last weights (``smc.ess[-1]``) is no such number: it does not know that particles
+    that descend from one ancestor are alike. From 8 chains on, a single function has it within a factor of two, many
+    of them within some tens of per cent. Sums over functions before the division, because that of one is noisy.
+    """
+    draws = np.asarray(draws, np.float64)
+    variances, of_means = draws.var((0, 1)), draws.mean(1).var(0, ddof=1) / len(draws)
+    return float(variances.sum() / of_means.sum())
+
+
+def size_within_chains(draws: Any) -> float:
+    """The same number for Markov chains, whose autocorrelations tell the variances of their means."""
+    draws = np.asarray(draws, np.float64).reshape(*np.shape(draws)[:2], -1)
+    draws = draws[..., draws.std((0, 1)) > 0]
+    variances = draws.var((0, 1))
+    return float(variances.sum() / (variances / effective_sample_size(draws)).sum())
 
 
 def save_figure(figure: Any, folder: Path, name: str) -> Path:

@@ -17,11 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS, Predictive
 
 import pp_diffusion as ppd
-from examples.report import arguments, print_table, save_figure, with_error
+from examples.report import (
+    arguments,
+    interval,
+    print_table,
+    save_figure,
+    size_between_chains,
+    size_within_chains,
+    with_error,
+)
 
 NUM_SITES = 40
 SITES = np.linspace(0, 1, NUM_SITES)
@@ -104,7 +111,7 @@ class Result(NamedTuple):
     """What a way gives, for all data sets.
 
     :ivar draws: of the log rates, shape ``(draws, data sets, NUM_SITES)``.
-    :ivar ess: effective number of draws per data set: of the log rate that has the least, for NUTS.
+    :ivar ess: per data set, the number of exact draws whose means of the log rates would err as much.
     """
 
     draws: np.ndarray
@@ -113,15 +120,20 @@ class Result(NamedTuple):
 
 
 def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, y: Any, num_particles: int, *, progress: bool) -> Result:
-    """All data sets in one run. The default twist would need a covariance of all counts for each particle and move."""
-    smc = ppd.SMC(model, num_particles=num_particles, twist="lookahead", progress_bar=progress)
+    """All data sets in one run, 8 chains, whose spread tells what the draws are worth.
+
+    The default twist would need a covariance of all counts for each particle and move.
+    """
+    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, twist="lookahead", progress_bar=progress)
     smc.run(rng_key, prior, y)  # compiles
     started = time.perf_counter()
     smc.run(rng_key, prior, y)
     draws = log_rates(smc.get_samples())
     seconds = time.perf_counter() - started
     smc.print_summary(max_rows=0)
-    return Result(draws, smc.ess[0].reshape(-1), seconds)
+    chains = log_rates(smc.get_samples(group_by_chain=True))
+    ess = np.array([size_between_chains(chains[:, :, i]) for i in range(len(y))])
+    return Result(draws, ess, seconds)
 
 
 def by_nuts(rng_key: jax.Array, y: Any, num_samples: int, *, progress: bool) -> Result:
@@ -141,7 +153,7 @@ def by_nuts(rng_key: jax.Array, y: Any, num_samples: int, *, progress: bool) -> 
         draws.append(log_rates(mcmc.get_samples()))
     seconds = time.perf_counter() - started
     draws = np.stack(draws, 1)
-    ess = effective_sample_size(draws[None]).min(-1)
+    ess = np.array([size_within_chains(draws[None, :, i]) for i in range(len(y))])
     return Result(draws, ess, seconds)
 
 
@@ -149,7 +161,7 @@ def run(
     *,
     num_steps: int = 6_000,
     num_data_sets: int = 24,
-    num_particles: int = 1024,
+    num_particles: int = 256,
     num_samples: int = 500,
     figures: Path,
     progress: bool = True,
@@ -193,7 +205,7 @@ def simulate(rng_key: jax.Array, num: int) -> dict[str, jax.Array]:
 def _print(results: dict[str, Result], true: np.ndarray) -> None:
     table = []
     for name, found in results.items():
-        low, high = np.quantile(found.draws, [0.05, 0.95], axis=0)
+        low, high = interval(found.draws, 0.9)
         covered = ((low <= true) & (true <= high)).mean(-1)  # per data set; its sites are not independent
         error = np.sqrt(((found.draws.mean(0) - true) ** 2).mean(-1))
         table.append(
@@ -207,7 +219,7 @@ def _print(results: dict[str, Result], true: np.ndarray) -> None:
                 f"{found.seconds / len(found.ess):.2f}",
             )
         )
-    columns = ("covered, of 90 %", "their width", "RMSE of the mean", "ESS", "ESS per s", "s per data set")
+    columns = ("covered, of 90 %", "their width", "RMSE of the mean", "ESS of the means", "per s", "s per data set")
     num = len(true)
     print_table(f"Log rates at {NUM_SITES} sites, {len(OBSERVED)} of them observed; {num} data sets", columns, table)
 
@@ -219,7 +231,7 @@ def _figure(results: dict[str, Result], true: np.ndarray, y: np.ndarray, shown: 
     figure = Figure(figsize=(4 * shown, 3.5), layout="constrained", dpi=120)
     for i, axis in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
         for color, (name, found) in zip(("C0", "C1"), results.items(), strict=True):
-            low, high = np.exp(np.quantile(found.draws[:, i], [0.05, 0.95], axis=0))
+            low, high = np.exp(interval(found.draws[:, i], 0.9))
             axis.fill_between(SITES, low, high, color=color, alpha=0.25, lw=0, label=f"90 %: {name}")
             axis.plot(SITES, np.exp(np.median(found.draws[:, i], axis=0)), color=color, lw=1)
         axis.plot(SITES, np.exp(true[i]), "k", lw=1, label="true rate")
