@@ -21,7 +21,15 @@ import numpyro.distributions as dist
 import optax
 
 import pp_diffusion as ppd
-from examples.report import arguments, interval, print_table, save_figure, with_error
+from examples.report import (
+    arguments,
+    chain_evidences,
+    interval,
+    print_table,
+    save_figure,
+    size_between_chains,
+    with_error,
+)
 
 NUM_COLUMNS, NUM_MISSING = 30, 9
 T = 100
@@ -91,24 +99,33 @@ def split(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Result(NamedTuple):
-    """Draws of the missing values, shape ``(draws, rows, NUM_MISSING)``."""
+    """What a way gives.
+
+    :ivar draws: of the missing values, shape ``(draws, rows, NUM_MISSING)``; chain after chain, if there are some.
+    :ivar ess: per row, the number of exact draws whose means would err as much.
+    """
 
     draws: np.ndarray
+    ess: np.ndarray
     seconds: float
 
 
 def by_smc(
     prior: ppd.DiffusionPrior, x: np.ndarray, known: np.ndarray, missing: np.ndarray, num_particles: int, progress: bool
 ) -> Result:
-    """All rows in one run."""
+    """All rows in one run of 8 chains, whose spread tells what the draws are worth."""
     y = jnp.asarray(np.take_along_axis(x, known, 1), float)
     started = time.perf_counter()
-    smc = ppd.SMC(model, num_particles=num_particles, progress_bar=progress)
+    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, progress_bar=progress)
     smc.run(jax.random.key(2), prior, jnp.asarray(known), y)
     draws = np.asarray(smc.get_samples()["x"], np.float64)
     seconds = time.perf_counter() - started
     smc.print_summary(max_rows=0)
-    return Result(np.take_along_axis(draws, missing[None], 2), seconds)
+    chains = np.asarray(smc.get_samples(group_by_chain=True)["x"], np.float64)
+    chains = np.take_along_axis(chains, missing[None, None], 3)
+    evidences = chain_evidences(smc)
+    ess = np.array([size_between_chains(chains[:, :, i], evidences[:, i]) for i in range(len(x))])
+    return Result(np.take_along_axis(draws, missing[None], 2), ess, seconds)
 
 
 def by_iterative_imputer(train: np.ndarray, x: np.ndarray, missing: np.ndarray, num_draws: int) -> Result:
@@ -126,31 +143,30 @@ def by_iterative_imputer(train: np.ndarray, x: np.ndarray, missing: np.ndarray, 
             warnings.simplefilter("ignore")  # with draws there is nothing to converge to
             draws.append(imputer.fit_transform(np.concatenate([train, holes]))[len(train) :])
     seconds = time.perf_counter() - started
-    return Result(np.take_along_axis(np.stack(draws), missing[None], 2), seconds)
+    ess = np.full(len(x), float(num_draws))
+    return Result(np.take_along_axis(np.stack(draws), missing[None], 2), ess, seconds)
 
 
 def scores(found: Result, true: np.ndarray) -> dict[str, np.ndarray]:
     """Per row: shares covered by 50 and 90 % intervals, root mean square error, CRPS and energy score, both without the
-    bias of finitely many draws."""
-    draws, half = found.draws, len(found.draws) // 2
+    bias of finitely many draws: the distance between two is that of draws half of them apart, of different chains."""
+    draws, others = found.draws, np.roll(found.draws, len(found.draws) // 2, axis=0)
     (low, high), (low_50, high_50) = interval(draws, 0.9), interval(draws, 0.5)
-    order = np.random.default_rng(2).permutation(len(draws))
-    one, other = draws[order[:half]], draws[order[half : 2 * half]]
     return {
         "covered, of 50 %": 100 * ((low_50 <= true) & (true <= high_50)).mean(-1),
         "of 90 %": 100 * ((low <= true) & (true <= high)).mean(-1),
         "RMSE of the mean": np.sqrt(((draws.mean(0) - true) ** 2).mean(-1)),
-        "CRPS": (np.abs(draws - true).mean(0) - 0.5 * np.abs(one - other).mean(0)).mean(-1),
+        "CRPS": (np.abs(draws - true).mean(0) - 0.5 * np.abs(draws - others).mean(0)).mean(-1),
         "energy score": np.linalg.norm(draws - true, axis=-1).mean(0)
-        - 0.5 * np.linalg.norm(one - other, axis=-1).mean(0),
+        - 0.5 * np.linalg.norm(draws - others, axis=-1).mean(0),
     }
 
 
 def run(
     *,
     num_steps: int = 5_000,
-    num_rows: int = 60,
-    num_particles: int = 128,
+    num_rows: int = 40,
+    num_particles: int = 64,
     num_draws: int = 40,
     figures: Path,
     progress: bool = True,
@@ -182,15 +198,16 @@ def run(
         (
             name,
             *(with_error(value, 1 if "%" in score else 3) for score, value in found[name].items()),
+            f"{np.median(r.ess):.0f}",
             f"{r.seconds:.0f}",
         )
         for name, r in results.items()
     ]
     less = found["SMC"]["CRPS"] - found["IterativeImputer"]["CRPS"]
     joint = found["SMC"]["energy score"] - found["IterativeImputer"]["energy score"]
-    rows.append(("SMC less IterativeImputer", "", "", "", with_error(less), with_error(joint), ""))
+    rows.append(("SMC less IterativeImputer", "", "", "", with_error(less), with_error(joint), "", ""))
     title = f"{NUM_MISSING} of {NUM_COLUMNS} values of {len(x)} rows missing; in standard deviations of the columns"
-    print_table(title, (*found["SMC"], "s"), rows)
+    print_table(title, (*found["SMC"], "ESS of the means", "s"), rows)
     save_figure(_figure(data, results, missing, true), figures, "missing_values.png")
     return results
 

@@ -21,7 +21,15 @@ import numpyro.distributions as dist
 
 import pp_diffusion as ppd
 from examples import digits
-from examples.report import arguments, interval, print_table, save_figure, size_between_chains, with_error
+from examples.report import (
+    arguments,
+    chain_evidences,
+    interval,
+    print_table,
+    save_figure,
+    size_between_chains,
+    with_error,
+)
 
 
 class Task(NamedTuple):
@@ -106,7 +114,8 @@ def infer(
     print(f"\n{task.name}")
     smc.print_summary(max_rows=0)
     chains = np.asarray(smc.get_samples(group_by_chain=True)["x"], np.float64)[..., inferred(task)]
-    ess = np.array([size_between_chains(chains[:, :, i]) for i in range(len(x))])
+    evidences = chain_evidences(smc)
+    ess = np.array([size_between_chains(chains[:, :, i], evidences[:, i]) for i in range(len(x))])
     return Result(np.where(task.seen, np.asarray(y), np.nan), draws, ess, seconds)
 
 

@@ -23,7 +23,14 @@ from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS
 
 import pp_diffusion as ppd
-from examples.report import arguments, print_table, save_figure, size_between_chains, size_within_chains
+from examples.report import (
+    arguments,
+    chain_evidences,
+    print_table,
+    save_figure,
+    size_between_chains,
+    size_within_chains,
+)
 
 A, NOISE, Y = jnp.array([0.6, 0.8]), 1.0, 3.0
 LIMIT, CELLS, FINE = 16.0, 20, 20  # cells per axis, and points per axis of a cell for the truth
@@ -111,7 +118,7 @@ def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, num_particles: int, *,
     x = smc.get_samples()["x"]
     seconds = time.perf_counter() - started
     smc.print_summary()
-    size = size_between_chains(in_cells(smc.get_samples(group_by_chain=True)["x"]))
+    size = size_between_chains(in_cells(smc.get_samples(group_by_chain=True)["x"]), chain_evidences(smc))
     return Posterior(histogram(x), smc.log_evidence, smc.log_evidence_error, size, seconds, x=x)
 
 

@@ -57,18 +57,25 @@ def interval(draws: Any, share: float) -> np.ndarray:
     return np.quantile(draws, [(1 - share) / 2, (1 + share) / 2], axis=0, method="weibull")
 
 
-def size_between_chains(draws: Any) -> float:
-    """The number of exact draws whose means would err as much as those of all these draws together, of shape
-    ``(chains, draws, *functions)``: the functions' variances over the variances of their means, which the spread of
-    independent chains' means tells.
+def chain_evidences(smc: Any) -> np.ndarray:
+    """Each chain's log evidence, shape ``(chains, *systems)``: chains count in proportion to their evidences."""
+    return np.asarray(smc.to_arviz()["sample_stats"]["log_evidence"], np.float64)
+
+
+def size_between_chains(draws: Any, log_evidences: Any) -> float:
+    """The number of exact draws whose means would err as much as those of all these draws of SMC together, of shape
+    ``(chains, draws, *functions)``: the functions' variances over the variances of their means, as independent chains
+    tell them, which count in proportion to their evidences.
 
     The effective sample size of the last weights (``smc.ess[-1]``) is no such number: it does not know that particles
-    that descend from one ancestor are alike. From 8 chains on, a single function has it within a factor of two, many
-    of them within some tens of per cent. Sums over functions before the division, because that of one is noisy.
+    that descend from one ancestor are alike. With 8 chains, that of one function is known within a factor of two; that
+    of many better, and so their variances are summed before they are divided.
     """
     draws = np.asarray(draws, np.float64)
-    variances, of_means = draws.var((0, 1)), draws.mean(1).var(0, ddof=1) / len(draws)
-    return float(variances.sum() / of_means.sum())
+    weights = np.exp(log_evidences - np.logaddexp.reduce(log_evidences))
+    mean, square = (np.tensordot(weights, moment, 1) for moment in (draws.mean(1), (draws**2).mean(1)))
+    of_means = (weights**2).sum() * draws.mean(1).var(0, ddof=1)
+    return float((square - mean**2).sum() / of_means.sum())
 
 
 def size_within_chains(draws: Any) -> float:

@@ -22,6 +22,7 @@ from numpyro.infer import MCMC, NUTS, Predictive
 import pp_diffusion as ppd
 from examples.report import (
     arguments,
+    chain_evidences,
     interval,
     print_table,
     save_figure,
@@ -132,7 +133,8 @@ def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, y: Any, num_particles:
     seconds = time.perf_counter() - started
     smc.print_summary(max_rows=0)
     chains = log_rates(smc.get_samples(group_by_chain=True))
-    ess = np.array([size_between_chains(chains[:, :, i]) for i in range(len(y))])
+    evidences = chain_evidences(smc)
+    ess = np.array([size_between_chains(chains[:, :, i], evidences[:, i]) for i in range(len(y))])
     return Result(draws, ess, seconds)
 
 
