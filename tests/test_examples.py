@@ -155,3 +155,108 @@ def test_heartbeat_reaches_its_figures(tmp_path):
         assert results[key]["bound_error"] < 0.0015  # so that the slack is no more than the distance to the limit
         slack = 2 * results[key]["bound_error"]
         assert target - slack <= results[key]["bound"] <= heartbeat.ROWS[key].limit + slack
+
+
+def test_draws_are_worth_what_their_chains_spread_tells():
+    """Exact draws, copies of them, a chain that outweighs the others, and what intervals of few draws hold."""
+    from examples import report
+
+    draws = np.random.default_rng(0).normal(size=(16, 400, 50))
+    np.testing.assert_allclose(report.size_between_chains(draws, np.zeros(16)), 6_400, rtol=0.15)
+    np.testing.assert_allclose(report.size_between_chains(draws.repeat(10, 1), np.zeros(16)), 6_400, rtol=0.15)
+    one = np.where(np.arange(16) == 3, 30.0, 0.0)
+    np.testing.assert_allclose(report.size_between_chains(draws, one), 400, rtol=0.15)
+    np.testing.assert_allclose(report.size_within_chains(draws), 6_400, rtol=0.15)
+    few = np.random.default_rng(1).uniform(size=(20, 100_000))
+    low, high = report.interval(few, 0.9)
+    np.testing.assert_allclose((high - low).mean(), 0.9, atol=0.002)
+
+
+@pytest.mark.slow
+def test_composition_is_biased_and_smc_is_not(tmp_path):
+    """The paper's chains go where their closed forms say. Each number within 4 of its errors and .005 for T = 500: a
+    right program fails once in 1 000 keys."""
+    from examples import composition_bias
+
+    results = composition_bias.run(figures=tmp_path, progress=False)
+    wrong = {
+        ("p = N(0, 1), r = N(2; x, 1)", "r at every step"): (1.333, 0.333),
+        ("p = N(0, 1), r = N(2; x, 1)", "r to the (T−t)/T"): (0.924, 0.432),
+        ("two entries, correlation .8, first known: 1.5", "pinned at every step"): (0.909, 0.495),
+    }
+    right = {(case.name, "SMC"): (case.mean, case.variance) for case in composition_bias.CASES}
+    for (case, way), (mean, variance) in (wrong | right).items():
+        x = results[case][way]
+        assert abs(x.mean() - mean) < 4 * x.std() / np.sqrt(len(x)) + 0.005
+        assert abs(x.var() - variance) < 4 * x.var() * np.sqrt(2 / len(x)) + 0.005
+
+
+@pytest.mark.slow
+def test_swiss_roll_posterior_reaches_its_figures(tmp_path):
+    """Total variation to the truth at most that of as many exact draws and .03, and the evidence within 2 %.
+
+    The evidence's error is .3 %, and the .03 are some standard deviations of the total variation of a thousand draws.
+    """
+    from examples import posterior_swiss_roll as example
+
+    results = example.run(figures=tmp_path, progress=False)
+    exact = results.pop("exact")
+    for name, found in results.items():
+        if name.startswith("NUTS"):
+            assert found.rhat < 1.01
+        if name.startswith(("NUTS", "SMC")):
+            allowed = example.of_exact_draws(exact.cells, found.size) + 0.03
+            assert example.variation(found.cells, exact.cells) <= allowed, name
+        if name.startswith("SMC"):
+            assert abs(np.exp(found.log_evidence - exact.log_evidence) - 1) < 0.02, name
+
+
+@pytest.mark.slow
+def test_heartbeat_posterior_is_that_of_enumeration(tmp_path):
+    """Total variation of the posterior, on average over sequences, and each evidence within 5 errors.
+
+    The prior is a trained one, whose five sequences are not quite equally likely: hence the .02.
+    """
+    from examples import posterior_heartbeat as example
+
+    *known, many = example.run(figures=tmp_path, progress=False).values()
+    for found in known:
+        assert 0.5 * (np.abs(found.shares - found.exact).sum() + 1 - found.shares.sum()) < 0.06
+        assert abs(found.log_evidence - found.exact_log_evidence) < 5 * found.log_evidence_error + 0.02
+    variation = 0.5 * (np.abs(many.shares - many.exact).sum(-1) + 1 - many.shares.sum(-1))
+    assert variation.mean() < 0.02 and variation.max() < 0.1
+    assert np.all(np.abs(many.log_evidence - many.exact_log_evidence) < 5 * many.log_evidence_error + 0.02)
+
+
+def covered(draws, true, share=0.9):
+    """Per data set, in per cent; and the error of their mean."""
+    from examples import report
+
+    low, high = report.interval(draws, share)
+    return report.mean_and_error(100 * ((low <= true) & (true <= high)).mean(-1))
+
+
+@pytest.mark.slow
+def test_spatial_prior_covers_nine_in_ten(tmp_path):
+    """Within 4 errors, which hold the spread over data sets: a right program fails once in 10 000 keys."""
+    from examples import spatial_prior
+
+    results = spatial_prior.run(figures=tmp_path, progress=False)
+    for name in ("SMC, learned prior", "NUTS, Gaussian process"):
+        mean, error = covered(results[name].draws, results["true"])
+        assert error < 3 and abs(mean - 90) < 4 * error, name
+
+
+@pytest.mark.slow
+def test_missing_values_are_covered(tmp_path):
+    """The intervals of SMC hold what they say, but for the prior's own width: between 85 and 97 of 90 %, error 1.5."""
+    from examples import missing_values
+
+    results = missing_values.run(figures=tmp_path, progress=False)
+    data = missing_values.table()
+    rows = results["SMC"].draws.shape[1]
+    true = np.take_along_axis(data.test[:rows], missing_values.split(rows)[1], 1)
+    mean, error = covered(results["SMC"].draws, true)
+    assert error < 3 and 85 < mean < 97
+    found = {name: missing_values.scores(result, true)["CRPS"].mean() for name, result in results.items()}
+    assert found["SMC"] < 1.1 * found["IterativeImputer"]
