@@ -16,7 +16,7 @@ BATCH = 512
 
 def swiss_roll(small: bool) -> ppd.datasets.Dataset:
     """Training and test points."""
-    return ppd.datasets.swiss_roll(jax.random.key(0), *((2_000, 500) if small else (50_000, 10_000)))
+    return ppd.datasets.swiss_roll(jax.random.key(0), *((2_000, 100) if small else (50_000, 10_000)))
 
 
 def diffusion(

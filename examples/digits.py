@@ -36,7 +36,9 @@ def train(data: Any, num_steps: int | None = None, *, progress: bool = True) -> 
     return result, time.perf_counter() - started
 
 
-def run(*, num_steps: int = NUM_STEPS, num_test: int = 360, figures: Path, progress: bool = True) -> dict[str, Any]:
+def run(
+    *, num_steps: int = NUM_STEPS, num_test: int = 360, num_samples: int = 100, figures: Path, progress: bool = True
+) -> dict[str, Any]:
     """Trains, prints the table, writes the figure.
 
     :return: the bound on the code length in bits/dim, its error over the test images, and the fit.
@@ -57,12 +59,12 @@ def run(*, num_steps: int = NUM_STEPS, num_test: int = 360, figures: Path, progr
             ("K - L_null", with_error(bits(bound.above_null), 2), ""),
         ],
     )
-    x = fit.prior.sample(jax.random.key(5), (100,))
+    x = fit.prior.sample(jax.random.key(5), (num_samples,))
     save_figure(ppd.plotting.samples(x, test, title="Handwritten digits, 8×8"), figures, "digits_samples.png")
     return {"bits_per_dim": value, "error": error, "fit": fit}
 
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size = {"num_steps": 50, "num_test": 20} if args.small else {}
+    size = {"num_steps": 5, "num_test": 4, "num_samples": 4} if args.small else {}
     run(**size, figures=args.figures, progress=args.progress)

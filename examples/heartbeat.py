@@ -74,6 +74,7 @@ def run(
     *,
     num_steps: int | None = None,
     num_test: int = 4_000,
+    num_samples: int = 1_000,
     figures: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def run(
         fit, seconds = train(row, data, num_steps, progress=progress)
         bound = ppd.lower_bound(jax.random.key(2), fit.prior, data.test, progress_bar=progress)
         value, error = mean_and_error(bits(bound.value))
-        x = fit.prior.sample(jax.random.key(3), (1_000,))
+        x = fit.prior.sample(jax.random.key(3), (num_samples,))
         valid = float((data.log_prob(x) > -float("inf")).mean()) if data.log_prob else float("nan")
         table.append(
             (
@@ -115,5 +116,7 @@ def run(
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size: dict[str, Any] = {"rows": ["paper", "network"], "num_steps": 50, "num_test": 20} if args.small else {}
+    size: dict[str, Any] = {}
+    if args.small:
+        size = {"rows": ["paper", "network"], "num_steps": 5, "num_test": 10, "num_samples": 10}
     run(**size, figures=args.figures, progress=args.progress)

@@ -153,5 +153,5 @@ if __name__ == "__main__":
     size: dict[str, Any] = {}
     if args.small:
         args.rows = ["roll-40"] if args.rows == list(ROWS) else args.rows
-        size = {"num_steps": 50, "most_data": 5, "num_trajectories": 30}
+        size = {"num_steps": 5, "most_data": 5, "num_trajectories": 30}
     run(args.rows, **size, figures=args.figures, progress=args.progress)

@@ -9,6 +9,7 @@ of the fixed schedules; they leave the variances at beta_t, which costs K too.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +48,16 @@ def run(
     long_steps: int = 15_000,
     num_seeds: int = 3,
     num_test: int = 5_000,
+    ends: Sequence[float] = ENDS,
+    num_long: int = 3,
+    grid: int = 240,
     figures: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains all of them, prints the table, draws the schedules.
 
+    :param num_long: how many of the schedules of T = 1000, the learned one first.
+    :param grid: of log-SNRs among which the best schedule is sought.
     :return: mean gap of K over the seeds in bits, and its standard error over them, by schedule.
     """
     data = ppd.datasets.swiss_roll(jax.random.key(0), 50_000, num_test)
@@ -81,7 +87,7 @@ def run(
         return ppd.FixedSchedule.log_linear(SHORT, FIRST_BETA, end)
 
     results: dict[str, tuple[float, float]] = {}
-    tuned = {end: train(log_linear(end), 0).gap for end in ENDS}
+    tuned = {end: train(log_linear(end), 0).gap for end in ends}
     best_end = min(tuned, key=lambda end: tuned[end])
     schedules = {
         "constant erasure": ppd.FixedSchedule.constant_erasure(SHORT),
@@ -96,17 +102,18 @@ def run(
         priors[name] = trained[0].prior
         rows.append(row(name, "bound", trained))
     rows.append(row(f"log-linear to {best_end:g} (tuned)", "mse", [train(log_linear(best_end), 1, objective="mse")]))
-    best = optimum.best_schedule(jax.random.key(9), data.train[:3_000], transform, SHORT, FIRST_BETA)
+    best = optimum.best_schedule(jax.random.key(9), data.train[: 12 * grid], transform, SHORT, FIRST_BETA, grid=grid)
     process = optimum.best_process(best, transform)
     floor = gap.of_bound(jax.random.key(100), process, data, num_samples=8)
     results["best"] = floor.value, floor.error
     end = f"{float(best.log_snr()[-1]):.2f}"
     rows.append(("best (exact, on a grid)", f"{FIRST_BETA:.2g}", "", "", "", f"{floor.value:.4f}", end))
-    for name, schedule in (
-        ("constant erasure", ppd.FixedSchedule.constant_erasure(LONG)),
-        ("log-linear to -7", ppd.FixedSchedule.log_linear(LONG, 1 / LONG, -7.0)),
+    long = (
         ("learned", ppd.LearnedSchedule(LONG, 1 / LONG)),
-    ):
+        ("log-linear to -7", ppd.FixedSchedule.log_linear(LONG, 1 / LONG, -7.0)),
+        ("constant erasure", ppd.FixedSchedule.constant_erasure(LONG)),
+    )
+    for name, schedule in reversed(long[:num_long]):
         rows.append(row(name, "bound", [train(schedule, 1, long_steps)]))
     columns = ("beta_1", "objective", "seeds", "seconds", "gap of K (bits)", "last log-SNR")
     print_table(f"Swiss roll, T = {SHORT} where not said otherwise; ± over seeds", columns, rows)
@@ -133,5 +140,8 @@ def _figure(priors: dict[str, Any], best: ppd.FixedSchedule) -> Any:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    size = {"num_steps": 50, "long_steps": 20, "num_seeds": 2, "num_test": 200} if args.small else {}
+    size: dict[str, Any] = {}
+    if args.small:
+        size = {"num_steps": 5, "long_steps": 5, "num_seeds": 2, "num_test": 10}
+        size |= {"ends": ENDS[:2], "num_long": 1, "grid": 60}
     run(**size, figures=args.figures, progress=args.progress)

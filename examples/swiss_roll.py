@@ -138,5 +138,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"rows": ["paper", "short", "long-network"], "num_steps": 100, "num_test": 200}
+        size = {"rows": ["paper", "short", "long-network"], "num_steps": 5, "num_test": 20}
     run(**size, figures=args.figures, progress=args.progress)

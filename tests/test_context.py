@@ -17,7 +17,7 @@ def diffusion(network=None):
 
 
 class Added(nn.Module):
-    """Adds its context to its state's features: any number of batch axes fits where the sizes happen to."""
+    """Adds its context to its state's features."""
 
     @nn.compact
     def __call__(self, x_t, t, context):
@@ -36,15 +36,30 @@ def test_one_axis_of_features(num_features):
     assert bound.value.shape == (6,)
 
 
-def test_ambiguous_context_has_to_be_told():
+class Pooled(nn.Module):
+    """Pools its context, a set of points: a batch of points can be a set as well."""
+
+    @nn.compact
+    def __call__(self, x_t, t, context):
+        out = nn.Dense(4)(x_t) + nn.Dense(4)(context).sum(-2)
+        return out[..., :2], out[..., 2:]
+
+
+def test_rows_as_many_as_covariates_are_not_ambiguous():
     own = diffusion(Added())
     params = own.init_params(jax.random.key(2), jnp.ones((5, 3)), 1)
-    assert own.prior(params, context=jnp.ones((5, 3))).batch_shape == (5,)
-    with pytest.raises(ValueError, match=r"context of shape \(3, 3\) is ambiguous.*context_event_dim"):
-        own.prior(params, context=jnp.ones((3, 3)))
-    assert own.prior(params, context=jnp.ones((3, 3)), context_event_dim=1).batch_shape == (3,)
+    for rows in (3, 5):
+        assert own.prior(params, context=jnp.ones((rows, 3))).batch_shape == (rows,)
+
+
+def test_ambiguous_context_has_to_be_told():
+    own = diffusion(Pooled())
+    params = own.init_params(jax.random.key(2), jnp.ones((4, 5, 3)), 2)
+    with pytest.raises(ValueError, match=r"context of shape \(5, 3\) is ambiguous.*context_event_dim"):
+        own.prior(params, context=jnp.ones((5, 3)))
+    assert own.prior(params, context=jnp.ones((5, 3)), context_event_dim=2).batch_shape == ()
     with pytest.raises(ValueError, match="context_event_dim must be in"):
-        own.prior(params, context=jnp.ones((3, 3)), context_event_dim=3)
+        own.prior(params, context=jnp.ones((5, 3)), context_event_dim=3)
 
 
 def test_context_that_the_network_does_not_name():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,6 @@ FIGURES = {
     "spatial_prior": ["spatial_prior.png"],
     "missing_values": ["missing_values.png"],
 }
-SLOW = {
-    "posterior_heartbeat",
-    "posterior_swiss_roll",
-    "posterior_digits",
-    "spatial_prior",
-    "missing_values",
-}  # half a minute and more
-
 ROWS = {
     "swiss_roll": ["6.45", "the paper's network, v, T=40", "MLP, T=1000, last step by it"],
     "heartbeat": ["-2.414", "the paper's network", "-2.3241"],
@@ -67,11 +60,23 @@ def run(module, folder, *options):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FIGURES]
-)
-def test_example(name, tmp_path):
-    out = run(f"examples.{name}", tmp_path, "--small")
+def run_here(name, folder, monkeypatch, capfd):
+    """The small form in this process: no imports anew, and what the examples share is compiled once."""
+    path = ROOT / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--figures", str(folder), "--no-progress", "--small"])
+    runpy.run_path(str(path), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert err == ""
+    return out
+
+
+def test_an_example_runs_as_a_command(tmp_path):
+    assert "T = 50" in run("examples.quasi_static", tmp_path, "--small")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_example(name, tmp_path, monkeypatch, capfd, lightly):
+    out = run_here(name, tmp_path, monkeypatch, capfd)
     assert all(row in out for row in ROWS[name])
     assert "nan" not in out
     for figure in FIGURES[name]:
