@@ -7,7 +7,9 @@ independent systems (chains, and within each the elements of a plate that holds 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from numpyro import handlers
 from numpyro.ops.provenance import track_deps_jaxpr
 from numpyro.primitives import Messenger
 
-from pp_diffusion._frozen import Frozen
+from pp_diffusion._frozen import Frozen, is_key
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess
 
@@ -29,6 +31,7 @@ from pp_diffusion.reverse import ReverseProcess
 NORMAL, MULTIVARIATE, EXACT, MOMENTS = "normal", "multivariate normal", "exact", "moments"
 OTHER, FACTOR, CONSTANT = "other", "factor", "constant"
 NUM_WORDS = 32  # at which it is found out which bits an observed number depends on
+NUM_STATES = 3  # at which it is found out whether systems depend on each other
 SEED = "the seed"  # among the names of sites
 Latents = dict[str, Array]
 
@@ -135,6 +138,7 @@ class Factors(Frozen):
     _model: Callable
     _structure: Any
     _static: tuple[Any, ...]
+    _fingerprint: str
     state_shape: tuple[int, ...]
     name: str
     dropped: tuple[str, ...]
@@ -145,6 +149,14 @@ class Factors(Frozen):
     @property
     def num_systems(self) -> int:
         return math.prod(self.systems)
+
+    @property
+    def num_rows(self) -> int:
+        """How many numbers of a system are observed exactly, or as normal ones."""
+        kinds = (NORMAL, MULTIVARIATE, MOMENTS, EXACT)
+        trace, _ = self.trace(self._zeros(), {})
+        sizes = [_value(trace[site.name]).size for site in self.observed if site.kind in kinds]
+        return sum(sizes) // self.num_systems
 
     @property
     def is_exact(self) -> bool:
@@ -313,6 +325,16 @@ class Factors(Frozen):
             jnp.concatenate([empty, *elements], -1),
         )
 
+    def _shown(self, z: Array, latents: Latents) -> list[Array]:
+        """What exact observations show of the systems of one chain."""
+        trace, _ = self.trace(self.to_site(self.in_data_units(z)), self._join(latents))
+        found = []
+        for site in self.observed:
+            if site.kind == EXACT:
+                value = _unwrap(trace[site.name]["fn"]).base.v
+                found.append(site.layout.split(jnp.broadcast_to(value, _value(trace[site.name]).shape)))
+        return found
+
     def exact(self) -> Exact:
         """What is observed of a continuous x without noise, for the systems of one chain."""
         systems, size = self.num_systems, math.prod(self.state_shape)
@@ -323,7 +345,7 @@ class Factors(Frozen):
                 message = trace[site.name]
                 indices.append(self.known[site.name])
                 value = _value(message).astype(float)
-                for found, a in ((values, value), (weights, jnp.broadcast_to(_weights(message), value.shape))):
+                for found, a in ((values, value), (weights, _entry_weights(message))):
                     found.append(site.layout.split(a).reshape(systems, -1))
         where, y, weight = (jnp.concatenate(part, -1) for part in (indices, values, weights))
         counts = weight > 0
@@ -352,19 +374,46 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
-    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
-    for constant in ("", "biu", "biufcV"):  # which kinds of arrays a program has to know: as few as can be
-        static, arrays = _partition(leaves, constant)
+    return _describe(_draft(model, args, dict(kwargs)))
+
+
+def _draft(model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors:
+    """The model with its arguments: arrays and floats as what compiled programs are given, if the model lets them."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    leaves = [jnp.asarray(leaf, float) if isinstance(leaf, (float, np.floating)) else leaf for leaf in leaves]
+    arrays = {i: leaf.dtype.kind for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))}
+
+    def attempt(known: set[int]) -> Factors:
+        static, given = _partition(leaves, set(arrays) - known)
         draft = object.__new__(Factors)
-        draft._set(_model=model, _structure=structure, _static=static, arrays=arrays)
+        draft._set(_model=model, _structure=structure, _static=static, arrays=given)
+        jax.eval_shape(lambda a: [draft.replace(arrays=a).trace(None, {}), None][1], given)
+        return draft
+
+    # the model may need an array's values, for a shape, a condition or an index; or be in error
+    whole = {i for i, kind in arrays.items() if kind in "biu"}
+    for known in (set(), whole, set(arrays)):
         try:
-            jax.eval_shape(lambda a, draft=draft: [draft.replace(arrays=a).trace(None, {}), None][1], arrays)
-        except Exception:  # the model needs an array's values, for a shape, a condition or an index; or is in error
-            if constant == "biufcV":
+            draft = attempt(known)
+        except Exception:
+            if known == set(arrays):
                 raise
         else:
             break
-    return _describe(draft)
+    for argument in _of_arguments(args, kwargs) if known else []:  # of which of them?
+        try:
+            draft = attempt(known - argument)
+        except Exception:
+            continue
+        known = known - argument
+    return draft
+
+
+def _of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[set[int]]:
+    """For each argument, the numbers of its leaves."""
+    numbers = iter(range(len(jax.tree.leaves((args, kwargs)))))
+    in_order = [*args, *(kwargs[name] for name in sorted(kwargs))]  # as they are flattened
+    return [{next(numbers) for _ in jax.tree.leaves(argument)} for argument in in_order]
 
 
 def _describe(draft: Factors) -> Factors:
@@ -373,8 +422,9 @@ def _describe(draft: Factors) -> Factors:
     base = _unwrap(message["fn"]).base
     name, kernel = message["name"], base.diffusion.kernel
     found = {n: m for n, m in trace.items() if m["type"] == "sample" and n != name}
-    latents = {n: m for n, m in found.items() if not m["is_observed"]}
-    depends = _dependencies(draft, trace, name, latents)
+    latents = {n: m for n, m in found.items() if not (m["is_observed"] or _is_fixed(m))}
+    depends, fingerprint = _dependencies(draft, trace, name, latents)
+    draft = draft.replace(_fingerprint=fingerprint)
     if latent := depends[name] - {SEED}:
         raise ValueError(
             f"site {name!r}: its prior depends on the latent site {_names(latent)} (through context, say), and "
@@ -392,10 +442,15 @@ def _describe(draft: Factors) -> Factors:
     if not any(name in depends[n] for n in observed):
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
     kept = {n: m for n, m in latents.items() if n not in dropped}
+    for site, m in kept.items():
+        if m["scale"] is not None or _unwrap(m["fn"]).mask is not None:
+            raise ValueError(
+                f"latent site {site!r} is {'masked' if m['scale'] is None else 'scaled'}; SMC draws it from its prior, "
+                "which is then none: write a density of its own for it, and what else is meant as numpyro.factor"
+            )
     again = draft.trace(None, {}, rng_key=1)[0] if kept else {}
     for site, m in kept.items():
-        is_free = not (m["fn"].support.is_discrete or isinstance(_unwrap(m["fn"]).base, dist.Delta))
-        if is_free and np.array_equal(m["value"], again[site]["value"]):
+        if not m["fn"].support.is_discrete and np.array_equal(m["value"], again[site]["value"]):
             raise ValueError(
                 f"latent site {site!r} is drawn the same whatever the seed: give the model without handlers.seed, and "
                 "fix latents by handlers.condition, not by substitute"
@@ -425,7 +480,7 @@ def _describe(draft: Factors) -> Factors:
             owner=None,
             is_discrete=kernel.is_discrete,
         )
-        if not systems or _are_independent(draft):
+        if not systems or draft.num_systems == 1 or _are_independent(draft):
             break
     if kernel.is_discrete:
         return draft.replace(owner=_owners(draft))
@@ -479,32 +534,43 @@ def _prior_site(trace: Mapping[str, Any]) -> Any:
 
 def _dependencies(
     draft: Factors, trace: Mapping[str, Any], name: str, latents: Mapping[str, Any]
-) -> dict[str, frozenset[str]]:
-    """Per sample site, which latents, whether x and whether the seed enters its density."""
+) -> tuple[dict[str, frozenset[str]], str]:
+    """Per sample site, which latents, whether x and whether the seed enters its density; the model's fingerprint."""
 
-    def densities(**values: Array) -> dict[str, Any]:
-        x, seed = values.pop(name), values.pop(SEED)
-        again, _ = draft.trace(x, values, constrained=True, rng_key=seed)
-        return {
-            n: jax.tree.leaves(m["fn"]) if n == name else _log_prob(m)
-            for n, m in again.items()
-            if m["type"] == "sample"
-        }
+    def read(values: dict[str, Any], arrays: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        latents = {n: v for n, v in values.items() if n not in (name, SEED)}
+        again, _ = draft.replace(arrays=arrays).trace(values[name], latents, constrained=True, rng_key=values[SEED])
+        found = {n: m for n, m in again.items() if m["type"] == "sample"}
+        exact = {n: m["value"] for n, m in found.items() if m["is_observed"] and _is_fixed(m)}
+        return {n: jax.tree.leaves(m["fn"]) if n == name else _log_prob(m) for n, m in found.items()}, exact
 
     values = {n: trace[n]["value"] for n in (name, *latents)} | {SEED: jax.random.PRNGKey(0)}
     with jax.ensure_compile_time_eval():
-        program, shapes = jax.make_jaxpr(lambda values: densities(**values), return_shape=True)(values)
+        program, shapes = jax.make_jaxpr(read, return_shape=True)(values, draft.arrays)
     sources = {n: jax.tree.map(lambda _, n=n: frozenset({n}), value) for n, value in values.items()}
+    of_arrays = jax.tree.map(lambda _: frozenset(), draft.arrays)
     # not by NumPyro's eval_provenance, whose versions up to 0.21 fail under jax 0.11
-    found = track_deps_jaxpr(program.jaxpr, jax.tree.leaves(sources))
-    found = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    found = track_deps_jaxpr(program.jaxpr, jax.tree.leaves((sources, of_arrays)))
+    found, exact = jax.tree.unflatten(jax.tree.structure(shapes), found)
+    for site, of_value in exact.items():
+        if name in of_value:
+            raise ValueError(f"site {site!r}: the value of an exact observation (Delta) must not depend on {name!r}")
     depends = {n: frozenset().union(*jax.tree.leaves(f)) - {n} for n, f in found.items()}
     if any(SEED in d for d in depends.values()):  # a seed that numpyro's scan is given need not be used
         values[name] = _feasible(trace[name]["fn"], is_origin=False)
-        first, second = (densities(**{**values, SEED: jax.random.PRNGKey(seed)}) for seed in (0, 1))
+        first, second = (read(values | {SEED: jax.random.PRNGKey(seed)}, draft.arrays)[0] for seed in (0, 1))
         same = {n for n in depends if _all_equal(first[n], second[n])}
         depends = {n: d - {SEED} if n in same else d for n, d in depends.items()}
-    return depends
+    return depends, _fingerprint(program)
+
+
+def _fingerprint(program: Any) -> str:
+    """Of a model as traced, with what it refers to: compiled programs of a model are not used after it has changed."""
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(program.jaxpr)).encode())
+    for constant in program.consts:
+        value = np.asarray(jax.random.key_data(constant) if is_key(constant) else constant)
+        digest.update(f"{value.shape}{value.dtype}".encode() + value.tobytes())
+    return digest.hexdigest()
 
 
 def _all_equal(first: Any, second: Any) -> bool:
@@ -531,6 +597,11 @@ def _kind(message: Any) -> str:
     return MOMENTS if usable else OTHER
 
 
+def _is_fixed(message: Any) -> bool:
+    """Whether there is nothing random about a site, given those before it."""
+    return isinstance(_unwrap(message["fn"]).base, dist.Delta)
+
+
 def _has(message: Any, frame: Any) -> bool:
     return any(f.name == frame.name for f in message["cond_indep_stack"])
 
@@ -550,23 +621,40 @@ def _with_layout(draft: Factors, message: Any, frames: list[Any]) -> Factors:
 
 
 def _are_independent(draft: Factors) -> bool:
-    """Whether x of the first system leaves the others' r alone, as the plate says it does."""
-    return draft.num_systems == 1 or bool(np.array_equal(*_others(draft), equal_nan=True))
+    """Whether x and the latents of a system leave the others' densities alone, as the plate says they do.
+
+    For each pair of systems there is a digit of their numbers by which one is changed and the other is not.
+    """
+    numbers = np.arange(draft.num_systems)
+    changed = [numbers >> bit & 1 == value for bit in range(draft.num_systems.bit_length()) for value in (0, 1)]
+    return all(
+        bool(_same_elsewhere(draft, jax.random.key(i), jnp.asarray(which)))
+        for i in range(NUM_STATES)
+        for which in changed
+        if which.any() and not which.all()
+    )
 
 
 @jax.jit
-def _others(draft: Factors) -> tuple[Array, Array]:
-    """log r of all systems but the first, for two states of the first."""
-    latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
+def _same_elsewhere(draft: Factors, rng_key: Array, changed: Array) -> Array:
+    """Whether all that is read of the other systems is the same, for two states of those that are changed."""
+    systems, keys = draft.num_systems, jax.random.split(rng_key)
     kernel = draft.prior.diffusion.kernel
-    z = kernel.as_state(kernel.stationary().sample(jax.random.key(1), (2, draft.num_systems)))
-    z = jnp.broadcast_to(
-        z.reshape(2, draft.num_systems, -1)[..., :1], (2, draft.num_systems, math.prod(draft.state_shape))
-    )
-    z = z.reshape(2, draft.num_systems, *draft.state_shape)
-    changed = z[0].at[0].set(z[1, 0] if not draft.is_discrete else 1 - z[0, 0])
-    first, second = jax.lax.map(lambda state: draft._read_one(state, latents).log_r[1:], jnp.stack([z[0], changed]))
-    return first, second
+    events = draft.state_shape[: len(draft.state_shape) - kernel.event_ndim]
+    z = kernel.as_state(kernel.stationary().sample(keys[0], (2, systems, *events)))
+
+    def with_change(a: Array) -> Array:
+        return a.at[1].set(jnp.where(changed.reshape(-1, *(1,) * (a.ndim - 2)), a[1], a[0]))
+
+    def read(state: tuple[Array, Latents]) -> list[Array]:
+        # not the sums alone: what is zero, or known exactly, is not in them
+        parts = (*draft._read_one(*state), *draft._shown(*state))
+        return [jnp.nan_to_num(a.astype(float).reshape(systems, -1)) for a in parts]
+
+    # one after the other, by the same operations
+    both = jax.lax.map(read, jax.tree.map(with_change, (z, draft.draw_latents(keys[1], (2, 1)))))
+    same = [(a[0] == a[1]).all(-1) for a in both]
+    return (jnp.stack(same).all(0) | changed).all()
 
 
 def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
@@ -597,8 +685,8 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
             f"site {site.name!r}: an exact observation needs a transform that acts on each coordinate alone; "
             f"{type(transform).__name__} does not"
         )
-    value, weight = np.asarray(_value(trace[site.name])), np.asarray(_weights(trace[site.name]))
-    outside = ~np.asarray(_base_constraint(draft.prior.support)(value)) & np.broadcast_to(weight > 0, value.shape)
+    value, weight = np.asarray(_value(trace[site.name])), np.asarray(_entry_weights(trace[site.name]))
+    outside = ~np.asarray(_base_constraint(draft.prior.support)(value)) & (weight > 0)
     if outside.any():
         raise ValueError(
             f"site {site.name!r}: observed values must be in the support of {draft.name!r}; "
@@ -623,11 +711,12 @@ def _owners(draft: Factors) -> Array | None:
     if any(site.kind in (MULTIVARIATE, OTHER, FACTOR) for site in draft.observed):
         return None
     draft = draft.replace(owner=jnp.zeros(()))  # so that the elements are read
-    latents = jax.tree.map(lambda u: u[0], draft.draw_latents(jax.random.key(0), (1, 1)))
+    latents = draft.draw_latents(jax.random.key(0), (NUM_WORDS, 1))
     size = math.prod(draft.state_shape)
     # a bit may matter only where another has one value: from all bits 0 to all 1, as an AND or an OR needs
     words = zip(jax.random.split(jax.random.key(0), NUM_WORDS), np.linspace(0, 1, NUM_WORDS), strict=True)
-    depends = np.any([_depends_on(draft, latents, key, share) for key, share in words], axis=0)
+    of_words = [jax.tree.map(lambda u, i=i: u[i], latents) for i in range(NUM_WORDS)]
+    depends = np.any([_depends_on(draft, u, *word) for u, word in zip(of_words, words, strict=True)], axis=0)
     count = depends.sum(0)
     if (count > 1).any():
         return None
@@ -658,24 +747,17 @@ def _names(names: Any) -> str:
     return ", ".join(repr(name) for name in sorted(names))
 
 
-def _partition(leaves: list[Any], constant: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    static: list[Any] = []
-    arrays: list[Any] = []
-    for leaf in leaves:
-        is_array = isinstance(leaf, (jax.Array, np.ndarray))
-        if is_array and leaf.dtype.kind not in constant:
-            static.append(None)
-            arrays.append(leaf)
-        else:
-            static.append(_Constant(np.asarray(leaf) if is_array else leaf))
-    return tuple(static), tuple(arrays)
+def _partition(leaves: list[Any], traced: set[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What programs know (``None`` where they are given an array), and those arrays."""
+    static = [None if i in traced else _Constant(leaf) for i, leaf in enumerate(leaves)]
+    return tuple(static), tuple(leaf for i, leaf in enumerate(leaves) if i in traced)
 
 
 class _Constant:
     """An argument that a compiled program may depend on, with equality by value (by identity where it has none)."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.value = value = np.asarray(value) if isinstance(value, jax.Array) and not is_key(value) else value
         if isinstance(value, np.ndarray):
             self.key: Any = (value.shape, value.dtype.str, value.tobytes())
         else:
@@ -776,12 +858,19 @@ def _weights(message: Any) -> Array:
     return scale if mask is None else jnp.where(mask, scale, 0.0)
 
 
+def _entry_weights(message: Any) -> Array:
+    """The same for each entry of the value of a Delta, whose log density is one number per event."""
+    weights = _weights(message)
+    weights = weights.reshape(weights.shape + (1,) * _unwrap(message["fn"]).base.event_dim)
+    return jnp.broadcast_to(weights, _value(message).shape)
+
+
 def _log_prob_elements(message: Any) -> Array:
     base, _, _ = _unwrap(message["fn"])
     value, weights = _value(message), _weights(message)
-    if isinstance(base, dist.Delta):  # whose own log density is one number per event
+    if isinstance(base, dist.Delta):
         log_prob = jnp.where(base.v == value, 0.0, -jnp.inf)
-        weights = weights.reshape(weights.shape + (1,) * base.event_dim)
+        weights = _entry_weights(message)
     else:
         log_prob = jnp.broadcast_to(base.log_prob(value), jnp.shape(value))
     return jnp.where(weights > 0, weights * log_prob, 0.0)

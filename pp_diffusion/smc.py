@@ -2,8 +2,9 @@ r"""Posteriors p(x) r(x) of a user's model, and their evidence, by sequential Mo
 
 The particles follow the paper's composed reverse process (§2.5) under a twist, and weights make up for what it drops.
 With many particles the posterior is exact, and at any number :math:`\hat Z` is unbiased for
-:math:`\int p(x)\, r(x)\, dx`, whatever the twist. :func:`init`, :func:`step` and :func:`finish` are pure; :class:`SMC`
-is their façade, used like :class:`numpyro.infer.MCMC`.
+:math:`\int p(x)\, r(x)\, dx`, whatever the twist (where other latents are moved, up to a share of the order of one over
+the number of particles, to which the moves' scales adapt). :func:`init`, :func:`step` and :func:`finish` are pure;
+:class:`SMC` is their façade, used like :class:`numpyro.infer.MCMC`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class SMCState(NamedTuple):
     :ivar x: states of the model's space.
     :ivar latents: the other latents, in unconstrained space.
     :ivar log_weights: since the last resampling, of everything but the twist at ``x``.
-    :ivar log_twist: the twist's value one step earlier, which stands in where it is not finite.
+    :ivar log_twist: the twist's value one step earlier, for the evidence so far.
     :ivar log_evidence: up to the last resampling, shape ``(S,)``.
     :ivar lineage: which particle at T each one descends from.
     :ivar exact: what is observed without noise.
@@ -71,8 +72,8 @@ class SMCInfo(NamedTuple):
 
     :ivar ess: effective sample size of the weights, under the twist at this t.
     :ivar resampled: whether it was so small that particles were resampled.
-    :ivar num_flat: particles whose twist was not finite, and was left as it was a step before; at the end, those whose
-        likelihood is NaN or infinite.
+    :ivar num_flat: particles whose twist was not finite, and counted as the least of the others; at the end, those
+        whose likelihood is NaN or infinite.
     :ivar acceptance: of the moves of other latents; NaN without.
     """
 
@@ -177,10 +178,9 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
 
     found = _finite_guide(twist(factors, state.exact, predict_at(state.x), state.latents, state.twist_key))
     is_finite = jnp.isfinite(found.log_twist)
-    # at T nothing comes before: what is not finite counts as the least of what is
+    # what is not finite counts as the least of what is: one number for all, which no move of a latent can change
     least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
-    at_start = jnp.where(jnp.isfinite(least), least, 0.0) + 0 * state.log_twist
-    fallback = jnp.where(state.t == sampler.num_timesteps, at_start, state.log_twist)
+    fallback = jnp.where(jnp.isfinite(least), least, 0.0)
     found = found._replace(log_twist=jnp.where(is_finite, found.log_twist, fallback))
 
     log_weights = state.log_weights + found.log_twist
@@ -192,11 +192,11 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
         (x, latents, lineage, found), acceptance = _gather(index, parts), jnp.full(ess.shape, jnp.nan)
         if not (factors.latents and sampler.num_moves):
             return x, latents, lineage, found, acceptance
-        prediction, before = predict_at(x), _gather(index, fallback)
+        prediction = predict_at(x)
 
         def guided(u: Latents) -> Guided:
             found = _finite_guide(twist(factors, state.exact, prediction, u, state.twist_key))
-            return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, before))
+            return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, fallback))
 
         def log_target(u: Latents) -> Array:
             return guided(u).log_twist + factors.read(prediction.x_0, u).log_prior
@@ -249,7 +249,13 @@ def _num_chains(sampler: Sampler, state: SMCState) -> int:
 
 
 def _ess(log_weights: Array) -> Array:
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights, axis=0) - jax.nn.logsumexp(2 * log_weights, axis=0))
+    ess = jnp.exp(2 * jax.nn.logsumexp(log_weights, axis=0) - jax.nn.logsumexp(2 * log_weights, axis=0))
+    return jnp.where(_is_dead(log_weights), 0.0, ess)
+
+
+def _is_dead(log_weights: Array) -> Array:
+    """Whether no particle has any weight."""
+    return jnp.isneginf(log_weights).all(0)
 
 
 def _log_mean(log_weights: Array) -> Array:
@@ -259,6 +265,7 @@ def _log_mean(log_weights: Array) -> Array:
 def _systematic(rng_key: Array, log_weights: Array) -> Array:
     """Indices of shape ``(P, S)``, each system's by systematic resampling."""
     count, systems = log_weights.shape
+    log_weights = jnp.where(_is_dead(log_weights), 0.0, log_weights)  # their evidence says so from here on
     ends = jnp.cumsum(jax.nn.softmax(log_weights, axis=0), axis=0)
     ends = ends / ends[-1]
     points = (jnp.arange(count)[:, None] + jax.random.uniform(rng_key, (systems,))) / count
@@ -285,7 +292,7 @@ def _move(
     shape ``(S,)``.
 
     Continuous ones by a random walk with the particles' covariance, at scales between a tenth of the best one for a
-    normal target and the whole; discrete ones by new draws of their prior.
+    normal target and the whole; discrete ones by new draws of their prior; so many times each.
     """
     continuous = {name: u for name, u in latents.items() if jnp.issubdtype(u.dtype, jnp.floating)}
     some = next(iter(latents.values()))
@@ -304,6 +311,7 @@ def _move(
         root = cholesky(covariance + (1e-4 * trace + 1e-8) * jnp.eye(flat.shape[-1]))
 
     has_discrete = len(continuous) < len(latents)
+    num_moves *= 2 if continuous and has_discrete else 1
 
     def propose(i: Array, key: Array, latents: Latents) -> tuple[Latents, Array]:
         scale_key, normal_key, prior_key = jax.random.split(key, 3)
@@ -366,7 +374,8 @@ class SMC:
         never what they converge to.
     :param ess_threshold: particles are resampled where the effective sample size is below this share of them.
     :param num_chains: independent systems with ``num_particles`` each; from 8 on, they give ``log_evidence_error``.
-    :param num_moves: Metropolis steps for other latents after each resampling.
+    :param num_moves: Metropolis steps for other latents after each resampling, with scales by the particles' spread
+        (the evidence is unbiased up to a share of the order of one over ``num_particles`` then).
     :param progress_bar: shows one, over time steps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
@@ -455,7 +464,8 @@ class SMC:
     @property
     def log_evidence(self) -> Any:
         r""":math:`\log \int p(x)\, r(x)\, dx`, nats: the log of an unbiased estimate. A number; for x in a plate of
-        independent systems, an array with one for each of them, whose sum is the whole model's."""
+        independent systems, an array with one for each of them, whose sum is the whole model's, but for sites outside
+        of the plate that depend on no latent."""
         run = self._done
         return _plain(_log_mean_chains(run.log_evidences))
 
@@ -485,10 +495,16 @@ class SMC:
 
         :param group_by_chain: shape ``(num_chains, num_particles, …)``, each chain's own. Otherwise
             ``(num_chains * num_particles, …)``, with the chains drawn from in proportion to their evidence.
+        :raises RuntimeError: for the draws of a chain whose particles all have likelihood zero.
         """
         run = self._done
         state, factors = run.state, run.sampler.factors
         if group_by_chain:
+            if dead := run.dead_chains:
+                raise RuntimeError(
+                    f"chains {dead} have no draws: the likelihood is zero at all of their particles. Take more "
+                    "particles, or the draws of the other chains by group_by_chain=False"
+                )
             found = _constrain(factors, state.x, state.latents)
             return {name: jnp.moveaxis(value, 0, 1) for name, value in found.items()}
         x, latents = _pooled(factors, state, self.num_chains)
@@ -523,7 +539,8 @@ class SMC:
             ``log_weight`` of the particles at t = 0, before the last resampling; ``ess`` and ``resampled`` per time
             step, from T to 0; ``log_evidence`` per chain.
         ``log_likelihood``
-            per observed number, at the draws; not of ``numpyro.factor`` and exact observations.
+            at the draws, as :func:`numpyro.infer.log_likelihood` has it: per entry of the batch shape of an observed
+            site; not of ``numpyro.factor`` and exact observations.
         ``observed_data``
             the observed sites' values.
 
@@ -552,6 +569,12 @@ class _Run:
     @property
     def rules(self) -> dict[str, str]:
         return self.sampler.twist.rules(self.sampler.factors)
+
+    @property
+    def dead_chains(self) -> list[int]:
+        """Those with a system whose particles all have likelihood zero."""
+        dead = np.isneginf(self.log_evidences).reshape(len(self.log_evidences), -1).any(1)
+        return np.flatnonzero(dead).tolist()
 
     def check(self) -> None:
         """Raises where r itself was unusable."""
@@ -583,6 +606,8 @@ class _Run:
         lines.append(f"the draws descend from {min(ancestors)} particles at t = T, in the system with the fewest")
         if flat := int(infos.num_flat[1:].sum()):
             lines.append(f"the likelihood was not finite at {flat} predictions of x, which were left unguided")
+        if dead := self.dead_chains:
+            lines.append(f"the likelihood is zero at all particles of the chains {dead}")
         if not np.isnan(infos.acceptance).all():
             lines.append(f"moves of other latents accepted: {np.nanmean(infos.acceptance):.2f}")
         if final.min() < 2 or least.min() < max(2.0, 0.005 * count):

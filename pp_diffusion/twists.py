@@ -27,7 +27,7 @@ from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact,
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
 
-#: Up to so many observed numbers per x, the moment twist keeps their whole covariance; above, its diagonal.
+#: Up to so many observed numbers per x, the moment twist keeps their whole covariance; above, products with it.
 MOST_ROWS = 64
 #: Below this log-SNR, Tweedie's covariance is taken from the variance of the reverse step, not from the Jacobian.
 LEAST_LOG_SNR = -12.0
@@ -39,6 +39,8 @@ LARGEST_TILT = 10.0
 MOST_BITS = 8
 #: Random directions along which variances of more observations than that are found.
 NUM_PROBES = 16
+#: Steps of conjugate gradients for their means.
+NUM_GRADIENTS = 6
 #: Draws of x_0 over which r is averaged where it has no closed form.
 NUM_DRAWS = 32
 
@@ -178,6 +180,40 @@ class NormalGuide(NamedTuple):
         return fine
 
 
+class DiagonalGuide(NamedTuple):
+    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, drawn with another mean and smaller standard deviations.
+
+    :ivar mean: of p; shape ``(P, S, D)``, as all that has D.
+    :ivar scale: its standard deviations.
+    :ivar shift: of the draws' mean, in those.
+    :ivar spread: of the draws' standard deviations, in those.
+    :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, S)``.
+    """
+
+    mean: Array
+    scale: Array
+    shift: Array
+    spread: Array
+    log_known: Array
+
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """States, of this shape, and log p - log of the density that they are drawn from."""
+        free = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        noise = self.shift + self.spread * free
+        log_ratio = (0.5 * (free - noise) * (free + noise) + jnp.log(self.spread)).sum(-1)
+        return (self.mean + self.scale * noise).reshape(shape), log_ratio + self.log_known
+
+    def where(self, condition: Array) -> DiagonalGuide:
+        """Unguided where ``condition``, of shape ``(P, S)``, does not hold."""
+        holds = condition[..., None]
+        return self._replace(shift=jnp.where(holds, self.shift, 0.0), spread=jnp.where(holds, self.spread, 1.0))
+
+    @property
+    def is_finite(self) -> Array:
+        """Of shape ``(P, S)``."""
+        return (jnp.isfinite(self.shift) & jnp.isfinite(self.spread)).all(-1)
+
+
 class BitsGuide(NamedTuple):
     """A step over bits, and the one that is drawn from.
 
@@ -204,7 +240,7 @@ class BitsGuide(NamedTuple):
         return jnp.isfinite(self.guided).all(-1)
 
 
-Guide = NormalGuide | BitsGuide
+Guide = NormalGuide | DiagonalGuide | BitsGuide
 
 
 class Guided(NamedTuple):
@@ -296,9 +332,18 @@ class Moment(Twist):
     affine in x; other sites that have a mean and a variance are taken for normal ones with these; ``numpyro.factor``
     and the rest are averaged over draws, with the covariance's diagonal. Bits: exactly, where each observed number
     depends on one bit at most, and else over draws.
+
+    :param most_rows: up to so many observed numbers per x, a vector-Jacobian product for each of them gives their whole
+        covariance. Above, means come by a few steps of conjugate gradients, and variances number by number.
     """
 
     name = "moment"
+    most_rows: int
+
+    def __init__(self, most_rows: int = MOST_ROWS) -> None:
+        if isinstance(most_rows, bool) or not isinstance(most_rows, int) or most_rows < 0:
+            raise ValueError(f"most_rows must be an integer >= 0; got {most_rows!r}")
+        self._set(most_rows=most_rows)
 
     def rules(self, factors: Factors) -> dict[str, str]:
         if factors.is_discrete:
@@ -308,7 +353,12 @@ class Moment(Twist):
         averaged = f"averaged over {NUM_DRAWS} draws"
         words = {OTHER: averaged, FACTOR: averaged, EXACT: "coordinates known exactly"}
         words |= {MOMENTS: "taken for normal, by its mean and variance", CONSTANT: "constant"}
-        return {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
+        found = {site.name: words.get(site.kind, "linearised, normal") for site in factors.observed}
+        if factors.num_rows <= self.most_rows:
+            return found
+        unaffected = {site.name for site in factors.observed if site.kind in (OTHER, FACTOR, CONSTANT)}
+        many = f"; {factors.num_rows} numbers by conjugate gradients"
+        return {name: rule if name in unaffected else rule + many for name, rule in found.items()}
 
     def __call__(
         self, factors: Factors, exact: Exact, prediction: Prediction, latents: Latents, rng_key: Array
@@ -317,20 +367,26 @@ class Moment(Twist):
             if factors.owner is None:
                 return _averaged_bits(factors, prediction, latents, rng_key)
             return _per_bit(factors, prediction, latents)
-        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), rng_key)
+        return _conditioned(factors, exact, prediction, latents, jnp.ones(()), rng_key, most_rows=self.most_rows)
+
+
+class _Once:
+    """Equal to nothing else."""
 
 
 class Custom(Twist):
     """A user's: a function of a :class:`Prediction` and of log r as a function of x.
 
     :param function: ``(prediction, log_r) -> log r_t``, of shape ``(P, S)``; ``log_r(z)`` takes states of the model's
-        space.
+        space. It is traced once for each :class:`~pp_diffusion.SMC`: what it refers to must not change in between.
     """
 
     function: Callable
+    trace: Any
 
     def __init__(self, function: Callable) -> None:
-        self._set(name=getattr(function, "__name__", "custom"), function=function)
+        # programs of another one are not taken for this one's, whose globals may have changed
+        self._set(name=getattr(function, "__name__", "custom"), function=function, trace=_Once())
 
     def check(self, factors: Factors) -> None:
         _refuse_exact(self.name, factors)
@@ -341,18 +397,18 @@ class Custom(Twist):
         def log_r(z: Array) -> Array:
             return factors.read(z, latents).log_r
 
-        if factors.is_discrete:
-            logits = _logits(prediction.reverse)
-            return Guided(self.function(prediction, log_r), BitsGuide(logits, logits))
-
         def value(x_0: Array) -> Array:
-            return self.function(prediction._replace(x_0=x_0), log_r)
+            log_twist = self.function(prediction._replace(x_0=x_0), log_r)
+            if jnp.shape(log_twist) != prediction.x_t.shape[:2]:
+                raise ValueError(
+                    f"twist must return an array of shape {prediction.x_t.shape[:2]}; got shape {jnp.shape(log_twist)}"
+                )
+            return log_twist
 
+        if factors.is_discrete:
+            logits = _flat_logits(prediction)
+            return Guided(value(prediction.x_0), BitsGuide(logits, logits))
         log_twist, pull = jax.vjp(value, prediction.x_0)
-        if log_twist.shape != prediction.x_t.shape[:2]:
-            raise ValueError(
-                f"twist must return an array of shape {prediction.x_t.shape[:2]}; got shape {log_twist.shape}"
-            )
         return Guided(log_twist, _shifted(prediction, pull(jnp.ones_like(log_twist))[0]))
 
 
@@ -407,6 +463,8 @@ def _conditioned(
     latents: Latents,
     power: Array,
     rng_key: Array | None = None,
+    *,
+    most_rows: int = MOST_ROWS,
 ) -> Guided:
     """The log of the average of r^power over the normal distribution of the prediction, and the step given r."""
     shape = prediction.x_0.shape
@@ -442,15 +500,11 @@ def _conditioned(
         gradient += power * of_other
     if num_rows == 0:
         return Guided(log_value, _shifted(prediction, gradient, log_known))
-    if num_rows > MOST_ROWS:  # each by itself, with the variance of x_0 coordinate by coordinate
+    if num_rows > most_rows:
         _, push = jax.linearize(lambda z: seen(z)[0], prediction.x_0)
-        signs = jax.random.rademacher(jax.random.key(0), (NUM_PROBES, *shape[2:]), scale.dtype)
-        spread = jax.vmap(push)(signs[:, None, None] * jnp.sqrt(prediction.variance))
-        noise = jnp.diagonal(noise, axis1=-2, axis2=-1)
-        variance = noise + (spread**2).mean(0)
-        log_value += -0.5 * (residual**2 / variance + jnp.log(2 * math.pi * variance)).sum(-1)
-        log_value += _discrepancy(reading.discrepancy, noise, variance)
-        return Guided(log_value, _shifted(prediction, gradient + pull(residual / variance)[0], log_known))
+        many = _Rows(residual, jnp.diagonal(noise, axis1=-2, axis2=-1), push, lambda v: pull(v)[0])
+        log_many, variance, guide = _by_many_rows(prediction, many, gradient, log_known)
+        return Guided(log_value + log_many + _discrepancy(reading.discrepancy, many.noise, variance), guide)
 
     # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
     def flat(a: Array) -> Array:
@@ -486,6 +540,77 @@ def _conditioned(
     return Guided(log_value, NormalGuide(mean, scale, cross, root, rest, residual, shift, log_known))
 
 
+class _Rows(NamedTuple):
+    """Numbers observed of x_0, each with noise of its own: their gradients by products only.
+
+    :ivar residual: shape ``(P, S, K)``.
+    :ivar noise: variances.
+    :ivar push: of a change of x_0, what is observed of it.
+    :ivar pull: its transpose.
+    """
+
+    residual: Array
+    noise: Array
+    push: Callable[[Array], Array]
+    pull: Callable[[Array], Array]
+
+
+def _by_many_rows(
+    prediction: Prediction, rows: _Rows, gradient: Array, log_known: Array
+) -> tuple[Array, Array, DiagonalGuide]:
+    """The log density of the observations, their variances, and the step given them.
+
+    The mean by a few steps of conjugate gradients, each with one product with the covariance; variances row by row and
+    coordinate by coordinate. That is exact where each coordinate is observed by itself and the covariance is diagonal.
+    """
+    variance = prediction.variance
+    batch, shape = variance.shape[:2], variance.shape[2:]
+    keys = jax.random.split(jax.random.key(0))
+    signs = jax.random.rademacher(keys[0], (NUM_PROBES, *shape), variance.dtype)[:, None, None]
+    total = rows.noise + (jax.vmap(rows.push)(signs * jnp.sqrt(variance)) ** 2).mean(0)
+    # of each coordinate's variance, what its rows explain if each of them did so by itself
+    signs = jax.random.rademacher(keys[1], (NUM_PROBES, rows.noise.shape[-1]), variance.dtype)[:, None, None]
+    explained = jax.vmap(rows.pull)(signs / jnp.sqrt(total)) ** 2 * variance
+    low, share, high = explained.min(0), explained.mean(0), explained.max(0)
+    kept = jnp.where(high - low <= 1e-3 * high, 1 - share, 1 / (1 + share))  # the signs do not matter to a single row
+
+    def product(v: Array) -> Array:
+        return rows.noise * v + rows.push(prediction.covariance(rows.pull(v)))
+
+    weights = _conjugate_gradients(product, rows.residual, total)
+    log_value = -0.5 * ((rows.residual * weights).sum(-1) + jnp.log(2 * math.pi * total).sum(-1))
+    along = _in_noise(prediction, gradient + rows.pull(weights))
+    if prediction.is_last:
+        spread = jnp.sqrt(jnp.clip(kept, 1e-6, 1.0))
+        mean, scale = prediction.x_0, jnp.sqrt(variance)
+    else:
+        mean, scale = prediction.reverse.mean, jnp.sqrt(prediction.reverse.variance)
+        taken = prediction.slope**2 * variance * (1 - kept) / scale**2
+        spread = jnp.sqrt(jnp.clip(1 - taken, LEAST_VARIANCE, 1.0))
+    mean, scale, along, spread = (a.reshape(*batch, -1) for a in (mean, scale, along, spread))
+    return log_value, total, DiagonalGuide(mean, scale, along, spread, log_known)
+
+
+def _conjugate_gradients(product: Callable[[Array], Array], target: Array, diagonal: Array) -> Array:
+    """A few steps towards the solution v of ``product(v) = target``, for many at once; vectors in the last axis."""
+
+    def step(_: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        v, left, direction, square = carry
+        turned = product(direction)
+        # a network's covariance need not be positive: a step is at most so much longer than the diagonal's
+        least = (diagonal * direction**2).sum(-1) / 20
+        length = square / jnp.maximum(jnp.maximum((direction * turned).sum(-1), least), jnp.finfo(v.dtype).tiny)
+        v, left = v + length[..., None] * direction, left - length[..., None] * turned
+        scaled = left / diagonal
+        next_square = (left * scaled).sum(-1)
+        ratio = jnp.where(square > 0, next_square / jnp.where(square > 0, square, 1.0), 0.0)
+        return v, left, scaled + ratio[..., None] * direction, next_square
+
+    start = target / diagonal
+    carry = (jnp.zeros_like(target), target, start, (target * start).sum(-1))
+    return jax.lax.fori_loop(0, NUM_GRADIENTS, step, carry)[0]
+
+
 def _discrepancy(discrepancy: Array, noise: Array, variance: Array) -> Array:
     """What a density that was taken for normal differs by at the mean, as far as the noise makes up the spread."""
     count = discrepancy.shape[-1]
@@ -518,15 +643,14 @@ def _set_known(exact: Exact, prediction: Prediction, scale: Array) -> tuple[Pred
     return prediction, known_scale, log_known
 
 
-def _shifted(prediction: Prediction, gradient: Array, log_known: Array | None = None) -> NormalGuide:
+def _shifted(prediction: Prediction, gradient: Array, log_known: Array | None = None) -> DiagonalGuide:
     r"""The step with its mean shifted along a gradient by :math:`x_0` (eq. 61)."""
     batch = prediction.x_t.shape[:2]
     mean = prediction.x_0 if prediction.is_last else prediction.reverse.mean
     scale = jnp.sqrt(prediction.variance if prediction.is_last else prediction.reverse.variance)
     mean, scale, shift = (a.reshape(*batch, -1) for a in (mean, scale, _in_noise(prediction, gradient)))
-    rows, root, none = (jnp.zeros((*batch, *shape), mean.dtype) for shape in ((0, mean.shape[-1]), (0, 0), (0,)))
     log_known = jnp.zeros(batch, mean.dtype) if log_known is None else log_known
-    return NormalGuide(mean, scale, rows, root, root, none, shift, log_known)
+    return DiagonalGuide(mean, scale, shift, jnp.ones_like(mean), log_known)
 
 
 def _in_noise(prediction: Prediction, gradient: Array) -> Array:
@@ -610,6 +734,8 @@ def _per_bit(factors: Factors, prediction: Prediction, latents: Latents) -> Guid
     log_twist = jnp.logaddexp(jax.nn.log_sigmoid(of_x_0) + one, jax.nn.log_sigmoid(-of_x_0) + zero).sum(-1) + rest
     difference = jnp.where(jnp.isnan(one - zero), 0.0, one - zero)
     limit = -jnp.log(jnp.finfo(logits.dtype).tiny)
+    if latents:  # whose values decide which bits are seen, may be: none becomes impossible
+        difference = jnp.clip(difference, -LARGEST_TILT, LARGEST_TILT)
     tilted = jnp.clip(of_x_0 + difference, -limit, limit)
     return Guided(log_twist, _bits_guide(factors, prediction, logits, tilted))
 

@@ -666,6 +666,25 @@ def centred():
     likelihood(numpyro.sample("mean", dist.Normal(x, 1.0).to_event(1)))
 
 
+def masked_latent():
+    x = numpyro.sample("x", GAUSSIAN)
+    with handlers.mask(mask=jnp.array(False)):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+    likelihood(x + b)
+
+
+def scaled_latent():
+    x = numpyro.sample("x", GAUSSIAN)
+    with handlers.scale(scale=4.0):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+    likelihood(x + b)
+
+
+def exact_value_of_x():
+    x = numpyro.sample("x", GAUSSIAN)
+    numpyro.sample("y", dist.Delta(x[0]), obs=x[1] + 1.0)
+
+
 def two_priors():
     numpyro.sample("w", GAUSSIAN)
     likelihood(numpyro.sample("x", GAUSSIAN))
@@ -720,6 +739,9 @@ REFUSED = {
     "subsampled": (subsampled, ValueError, "'rows' is subsampled"),
     "latent context": (latent_context, ValueError, "'x'.*'label'.*TrajectoryReparam"),
     "centred": (centred, ValueError, "'mean' depends on 'x'.*'y'.*non-centred"),
+    "masked latent": (masked_latent, ValueError, "latent site 'b' is masked"),
+    "scaled latent": (scaled_latent, ValueError, "latent site 'b' is scaled"),
+    "an exact value of x": (exact_value_of_x, ValueError, "'y'.*must not depend on 'x'"),
     "no likelihood": (lambda: numpyro.sample("x", GAUSSIAN), ValueError, "observed site.*'x'"),
     "nothing observed": (lambda: likelihood(numpyro.sample("x", GAUSSIAN), None), ValueError, "observed site.*'x'"),
     "observed, but not x": (lambda: (numpyro.sample("x", GAUSSIAN), likelihood(Y)), ValueError, "observed site.*'x'"),

@@ -245,18 +245,6 @@ def test_exact_observations():
     assert (np.abs(z_score(free, 0.0)) < Z).all() and (np.abs(z_score(free**2, 1.0)) < Z).all()
 
 
-def test_many_observations():
-    """Above 64 numbers, each by itself: for independent coordinates that is right too, and weights make up the rest."""
-    prior, y = standard_normal((80,)), jnp.linspace(-2, 2, 80)
-
-    def model(y):
-        numpyro.sample("y", dist.Normal(numpyro.sample("x", prior), 1.0).to_event(1), obs=y)
-
-    smc = run(model, y, num_particles=300, num_chains=8)
-    assert abs(smc.log_evidence - evidence(y)) < 5 * smc.log_evidence_error < 0.5
-    np.testing.assert_allclose(smc.get_samples()["x"].mean(0), y / 2, atol=0.35)  # sd .07 at the least ESS
-
-
 # --- errors and reports ----------------------------------------------------------------------------------------------
 
 
