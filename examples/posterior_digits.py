@@ -194,7 +194,7 @@ def _figure(task: Task, found: Result, x: np.ndarray, num_images: int, shown: in
     for (label, images), line in zip(rows.items(), axes, strict=True):
         for axis, image in zip(line, images[chosen], strict=True):
             axis.imshow(image, cmap="magma" if label == "sd" else "gray", vmin=0, vmax=8 if label == "sd" else 17)
-            axis.set(xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[], facecolor="lightsteelblue")  # behind what was not seen
         line[0].set_ylabel(label)
     axes[0][half // 2].set_title("real, held out", fontsize=9)
     axes[0][half + half // 2].set_title("drawn from the prior", fontsize=9)
