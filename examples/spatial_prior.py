@@ -122,27 +122,27 @@ class Result(NamedTuple):
     seconds: float
 
 
-def twist(prior: ppd.DiffusionPrior, y: Any) -> Callable:
+def twist(prior: ppd.DiffusionPrior) -> Callable:
     """r at the prediction, to a power that is small while the surface is still open.
 
-    A count y tells its log rate with a precision of about y + 1. A normal likelihood of that precision, averaged over a
-    log rate of variance v, is its power 1 / (1 + (y + 1) v), but for a factor. Without it particles follow predictions
-    that are not to be relied upon yet. The default twist would need a covariance of all counts for each particle and
-    move.
+    A count y tells its log rate with a precision of about y. A normal likelihood of that precision, averaged over a log
+    rate of variance v, is its power 1 / (1 + y v), but for a factor; y is a typical one here, because the counts' own
+    would keep the power down until the end where they are large. Without it particles follow predictions that are not
+    to be relied upon yet. The default twist would need a covariance of all counts for each particle and move.
     """
     shares = jnp.asarray(prior.diffusion.transform.scale_tril[OBSERVED] ** 2)  # the transform is linear
+    typical = jnp.exp(INTERCEPT.loc)
 
     def log_twist(prediction: Any, log_r: Callable) -> jax.Array:
-        variance = prediction.variance @ shares.T
-        precision = jnp.tile(y + 1.0, (variance.shape[1] // len(y), 1))  # one chain's data sets after another's
-        return log_r(prediction.x_0) / (1 + (precision * variance).mean(-1))
+        variance = (prediction.variance @ shares.T).mean(-1)
+        return log_r(prediction.x_0) / (1 + typical * variance)
 
     return log_twist
 
 
 def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, y: Any, num_particles: int, *, progress: bool) -> Result:
     """All data sets in one run, 8 chains, whose spread tells what the draws are worth."""
-    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, twist=twist(prior, y), progress_bar=progress)
+    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, twist=twist(prior), progress_bar=progress)
     started = time.perf_counter()
     smc.run(rng_key, prior, y)
     draws = log_rates(smc.get_samples())
@@ -263,5 +263,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"num_steps": 50, "num_data_sets": 3, "num_particles": 32, "num_samples": 20}
+        size = {"num_steps": 5, "num_data_sets": 2, "num_particles": 16, "num_samples": 10}
     run(**size, figures=args.figures, progress=args.progress)
