@@ -238,5 +238,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"num_steps": 50, "num_rows": 4, "num_particles": 16, "num_draws": 4}
+        size = {"num_steps": 5, "num_rows": 4, "num_particles": 16, "num_draws": 4}
     run(**size, figures=args.figures, progress=args.progress)

@@ -206,5 +206,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"num_steps": 50, "num_timesteps": 10, "num_images": 2, "num_particles": 16}
+        size = {"num_steps": 5, "num_timesteps": 10, "num_images": 2, "num_particles": 8}
     run(**size, figures=args.figures, progress=args.progress)

@@ -153,5 +153,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"num_steps": 50, "num_timesteps": 20, "num_particles": 64, "num_sequences": 12}
+        size = {"num_steps": 5, "num_timesteps": 10, "num_particles": 32, "num_sequences": 4}
     run(**size, figures=args.figures, progress=args.progress)

@@ -246,5 +246,5 @@ if __name__ == "__main__":
     args = arguments(__doc__)
     size: dict[str, Any] = {}
     if args.small:
-        size = {"lengths": (10,), "num_steps": (50,), "num_particles": 64, "num_draws": 1_000, "num_nuts": 20}
+        size = {"lengths": (10,), "num_steps": (5,), "num_particles": 32, "num_draws": 1_000, "num_nuts": 10}
     run(**size, figures=args.figures, progress=args.progress)

@@ -44,7 +44,7 @@ ROWS = {
     "composition_bias": ["r at every step", "pinned at every step", "-2.0439"],
     "posterior_heartbeat": ["enumeration", "bins 1, 6, 12 are 0", "total variation of the posterior"],
     "posterior_swiss_roll": ["exact", "SMC, T = 10", "NUTS, T = 10"],
-    "posterior_digits": ["noise of sd 4", "lower half hidden"],
+    "posterior_digits": ["noise of sd 4", "upper half, noise of sd 2"],
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
     "missing_values": ["SMC", "IterativeImputer"],
 }
