@@ -183,7 +183,7 @@ NOTES = {  # of rows that time nothing
     precision: ".* bits",
     flow: ".* bits",
     digits: r".* bits/dim, .*( s|% bound only)",
-    posterior: r"log Z .*, (modes' TV .*, SW|TV on 20 × 20 cells) .*",
+    posterior: r"(twist: .*; )?log Z .*, (modes' TV .*, SW|TV on 20 × 20 cells) .*",
 }
 
 
