@@ -122,27 +122,27 @@ class Result(NamedTuple):
     seconds: float
 
 
-def twist(prior: ppd.DiffusionPrior) -> Callable:
+def twist(prior: ppd.DiffusionPrior, y: Any) -> Callable:
     """r at the prediction, to a power that is small while the surface is still open.
 
-    A count y tells its log rate with a precision of about y. A normal likelihood of that precision, averaged over a log
-    rate of variance v, is its power 1 / (1 + y v), but for a factor; y is a typical one here, because the counts' own
-    would keep the power down until the end where they are large. Without it particles follow predictions that are not
-    to be relied upon yet. The default twist would need a covariance of all counts for each particle and move.
+    A count y tells its log rate with a precision of about y + 1. A normal likelihood of that precision, averaged over a
+    log rate of variance v, is its power 1 / (1 + (y + 1) v), but for a factor; here the least power of all sites.
+    Without it particles follow predictions that are not to be relied upon yet. The default twist would need a
+    covariance of all counts for each particle and move.
     """
     shares = jnp.asarray(prior.diffusion.transform.scale_tril[OBSERVED] ** 2)  # the transform is linear
-    typical = jnp.exp(INTERCEPT.loc)
 
     def log_twist(prediction: Any, log_r: Callable) -> jax.Array:
-        variance = (prediction.variance @ shares.T).mean(-1)
-        return log_r(prediction.x_0) / (1 + typical * variance)
+        variance = prediction.variance @ shares.T
+        precision = jnp.tile(y + 1.0, (variance.shape[1] // len(y), 1))  # one chain's data sets after another's
+        return log_r(prediction.x_0) / (1 + (precision * variance).max(-1))
 
     return log_twist
 
 
 def by_smc(rng_key: jax.Array, prior: ppd.DiffusionPrior, y: Any, num_particles: int, *, progress: bool) -> Result:
     """All data sets in one run, 8 chains, whose spread tells what the draws are worth."""
-    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, twist=twist(prior), progress_bar=progress)
+    smc = ppd.SMC(model, num_particles=num_particles, num_chains=8, twist=twist(prior, y), progress_bar=progress)
     started = time.perf_counter()
     smc.run(rng_key, prior, y)
     draws = log_rates(smc.get_samples())
@@ -246,7 +246,7 @@ def _figure(results: dict[str, Result], true: np.ndarray, y: np.ndarray, shown: 
 
     shown = min(shown, len(y))
     figure = Figure(figsize=(4 * shown, 3.5), layout="constrained", dpi=120)
-    for i, axis in enumerate(figure.subplots(1, shown, squeeze=False)[0]):
+    for i, axis in enumerate(figure.subplots(1, shown, squeeze=False, sharey=True)[0]):
         for color, (name, found) in zip(("C0", "C1"), results.items(), strict=True):
             low, high = np.exp(interval(found.draws[:, i], 0.9))
             axis.fill_between(SITES, low, high, color=color, alpha=0.25, lw=0, label=f"90 %: {name}")
@@ -254,8 +254,10 @@ def _figure(results: dict[str, Result], true: np.ndarray, y: np.ndarray, shown: 
         axis.plot(SITES, np.exp(true[i]), "k", lw=1, label="true rate")
         axis.plot(SITES[OBSERVED], y[i], "k.", label="counts")
         axis.set(xlabel="place", yscale="symlog")
+    figure.axes[0].set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
+    figure.axes[0].set_ylim(-0.2, 1.5 * max(y[:shown].max(), 10))
     figure.axes[0].set_ylabel("rate")
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7, loc="upper center")
     return figure
 
 
