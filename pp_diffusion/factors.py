@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from numpyro.ops.provenance import track_deps_jaxpr
 from numpyro.primitives import Messenger
 
 from pp_diffusion._frozen import Frozen, is_key
+from pp_diffusion._matrices import einsum, half_log_det, solve_lower
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess
 
@@ -31,7 +32,7 @@ from pp_diffusion.reverse import ReverseProcess
 NORMAL, MULTIVARIATE, EXACT, MOMENTS = "normal", "multivariate normal", "exact", "moments"
 OTHER, FACTOR, CONSTANT = "other", "factor", "constant"
 NUM_WORDS = 32  # at which it is found out which bits an observed number depends on
-NUM_STATES = 3  # at which it is found out whether systems depend on each other
+NUM_STATES = 5  # at which it is found out whether systems depend on each other
 SEED = "the seed"  # among the names of sites
 Latents = dict[str, Array]
 
@@ -74,7 +75,7 @@ class Reading(NamedTuple):
     :ivar log_other: the part of it without a normal form.
     :ivar log_prior: the other latents' log density, in unconstrained space.
     :ivar residual: y − h(x), shape ``(…, k)``; zero where masked.
-    :ivar noise: the noise's covariance, shape ``(…, k, k)``.
+    :ivar noise: the noise's variances, of the same shape: correlated observations are whitened.
     :ivar correction: log r less the normal density of the residuals, where they are normal (masks, scales), and what
         depends on nothing.
     :ivar discrepancy: the same per residual, where a density was taken for a normal one.
@@ -153,7 +154,10 @@ class Factors(Frozen):
     @property
     def num_rows(self) -> int:
         """How many numbers of a system are observed exactly, or as normal ones."""
-        kinds = (NORMAL, MULTIVARIATE, MOMENTS, EXACT)
+        return self.count_rows((NORMAL, MULTIVARIATE, MOMENTS, EXACT))
+
+    def count_rows(self, kinds: tuple[str, ...]) -> int:
+        """How many numbers of a system are observed at sites of these kinds."""
         trace, _ = self.trace(self._zeros(), {})
         sizes = [_value(trace[site.name]).size for site in self.observed if site.kind in kinds]
         return sum(sizes) // self.num_systems
@@ -232,6 +236,19 @@ class Factors(Frozen):
         draws = jax.vmap(jax.vmap(draw))(jax.random.split(rng_key, shape))
         return jax.tree.map(_merge_chains, draws)
 
+    def draw_evenly(self, rng_key: Array, shape: tuple[int, int]) -> Latents:
+        """Discrete latents of finite support, each value as probable as another; shapes as of :meth:`draw_latents`."""
+        trace, _ = self.trace(self._zeros(), {})
+        values = {}
+        for i, site in enumerate(self.latents):
+            fn = trace[site.name]["fn"]
+            if fn.support.is_discrete and fn.has_enumerate_support:
+                support = fn.enumerate_support(expand=False)
+                support = support.reshape(len(support), *fn.event_shape)
+                which = jax.random.randint(jax.random.fold_in(rng_key, i), (*shape, *fn.batch_shape), 0, len(support))
+                values[site.name] = _merge_chains(jax.vmap(jax.vmap(site.layout.split))(support[which]))
+        return values
+
     def redraw_discrete(self, rng_key: Array, latents: Latents) -> tuple[Latents, Array]:
         """The discrete latents drawn anew from their prior, and the log ratio of the proposal's probabilities, back
         over there."""
@@ -293,33 +310,39 @@ class Factors(Frozen):
 
         log_prior = zero
         for site in self.latents:
-            message = trace[site.name]
-            log_prior += total(site, _scaled(message, _log_prob(message)) + fill.log_det.get(site.name, 0.0))
+            fn = trace[site.name]["fn"]
+            fn = fn.base_dist if isinstance(fn, dist.MaskedDistribution) else fn  # proper where it goes nowhere, too
+            log_prob = jnp.broadcast_to(fn.log_prob(trace[site.name]["value"]), fn.batch_shape)
+            log_prior += total(site, log_prob + fill.log_det.get(site.name, 0.0))
         log_r, log_other, correction = zero, zero, zero
         residuals, noises, discrepancies, elements = [], [], [], []
         for site in self.observed:
             message = trace[site.name]
             if site.kind == EXACT and not self.is_discrete:
                 continue
-            log_prob = total(site, _scaled(message, _log_prob(message)))
-            log_r += log_prob
-            log_other += log_prob if site.kind in (OTHER, FACTOR) else 0.0
-            correction += log_prob if site.kind == CONSTANT else 0.0
-            if self.owner is not None:
-                elements.append(site.layout.split(_log_prob_elements(message)).reshape(systems, -1))
             if site.kind in (NORMAL, MULTIVARIATE, MOMENTS):
                 part = _normal_part(site, message, systems)
                 residuals.append(part.residual)
                 noises.append(part.noise)
                 correction += part.correction
                 discrepancies.append(part.discrepancy)
+            if site.kind == MULTIVARIATE:  # not by NumPyro's own, whose LAPACK calls would be in a compiled loop
+                as_normal = part.residual**2 / part.noise + jnp.log(2 * math.pi * part.noise)
+                log_prob = part.correction - 0.5 * as_normal.sum(-1)
+            else:
+                log_prob = total(site, _scaled(message, _log_prob(message)))
+            log_r += log_prob
+            log_other += log_prob if site.kind in (OTHER, FACTOR) else 0.0
+            correction += log_prob if site.kind == CONSTANT else 0.0
+            if self.owner is not None:
+                elements.append(site.layout.split(_log_prob_elements(message)).reshape(systems, -1))
         empty = jnp.zeros((systems, 0), dtype)
         return Reading(
             log_r.astype(dtype),
             log_other.astype(dtype),
             log_prior.astype(dtype),
             jnp.concatenate([empty, *residuals], -1).astype(dtype),
-            _block_diagonal(noises, systems).astype(dtype),
+            jnp.concatenate([empty, *noises], -1).astype(dtype),
             correction.astype(dtype),
             jnp.concatenate([empty, *discrepancies], -1).astype(dtype),
             jnp.concatenate([empty, *elements], -1),
@@ -380,8 +403,8 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 def _draft(model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors:
     """The model with its arguments: arrays and floats as what compiled programs are given, if the model lets them."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    leaves = [jnp.asarray(leaf, float) if isinstance(leaf, (float, np.floating)) else leaf for leaf in leaves]
-    arrays = {i: leaf.dtype.kind for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))}
+    kinds = (jax.Array, np.ndarray, float, np.floating)
+    arrays = {i: getattr(leaf, "dtype", float) for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)}
 
     def attempt(known: set[int]) -> Factors:
         static, given = _partition(leaves, set(arrays) - known)
@@ -391,7 +414,7 @@ def _draft(model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fa
         return draft
 
     # the model may need an array's values, for a shape, a condition or an index; or be in error
-    whole = {i for i, kind in arrays.items() if kind in "biu"}
+    whole = {i for i, dtype in arrays.items() if getattr(dtype, "kind", "") in tuple("biu")}
     for known in (set(), whole, set(arrays)):
         try:
             draft = attempt(known)
@@ -423,6 +446,9 @@ def _describe(draft: Factors) -> Factors:
     name, kernel = message["name"], base.diffusion.kernel
     found = {n: m for n, m in trace.items() if m["type"] == "sample" and n != name}
     latents = {n: m for n, m in found.items() if not (m["is_observed"] or _is_fixed(m))}
+    for site, m in found.items():
+        if not m["is_observed"] and _is_fixed(m) and np.any(_unwrap(m["fn"]).base.log_density):
+            raise ValueError(f"site {site!r}: a Delta must be one without log_density; write it as numpyro.factor")
     depends, fingerprint = _dependencies(draft, trace, name, latents)
     draft = draft.replace(_fingerprint=fingerprint)
     if latent := depends[name] - {SEED}:
@@ -443,7 +469,8 @@ def _describe(draft: Factors) -> Factors:
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
     kept = {n: m for n, m in latents.items() if n not in dropped}
     for site, m in kept.items():
-        if m["scale"] is not None or _unwrap(m["fn"]).mask is not None:
+        is_imputed = f"{site.removesuffix('_unobserved')}_observed" in found  # by NumPyro, for obs_mask
+        if m["scale"] is not None or (_unwrap(m["fn"]).mask is not None and not is_imputed):
             raise ValueError(
                 f"latent site {site!r} is {'masked' if m['scale'] is None else 'scaled'}; SMC draws it from its prior, "
                 "which is then none: write a density of its own for it, and what else is meant as numpyro.factor"
@@ -542,7 +569,8 @@ def _dependencies(
         again, _ = draft.replace(arrays=arrays).trace(values[name], latents, constrained=True, rng_key=values[SEED])
         found = {n: m for n, m in again.items() if m["type"] == "sample"}
         exact = {n: m["value"] for n, m in found.items() if m["is_observed"] and _is_fixed(m)}
-        return {n: jax.tree.leaves(m["fn"]) if n == name else _log_prob(m) for n, m in found.items()}, exact
+        densities = {n: [*jax.tree.leaves(m["fn"]), m["scale"]] for n, m in found.items() if n == name}
+        return densities | {n: _scaled(m, _log_prob(m)) for n, m in found.items() if n != name}, exact
 
     values = {n: trace[n]["value"] for n in (name, *latents)} | {SEED: jax.random.PRNGKey(0)}
     with jax.ensure_compile_time_eval():
@@ -567,10 +595,22 @@ def _dependencies(
 def _fingerprint(program: Any) -> str:
     """Of a model as traced, with what it refers to: compiled programs of a model are not used after it has changed."""
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(program.jaxpr)).encode())
-    for constant in program.consts:
+    for constant in _constants(program):
         value = np.asarray(jax.random.key_data(constant) if is_key(constant) else constant)
         digest.update(f"{value.shape}{value.dtype}".encode() + value.tobytes())
     return digest.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """All that a traced program refers to, in the programs within it too."""
+    if hasattr(program, "consts"):
+        yield from program.consts
+        program = program.jaxpr
+    for equation in program.eqns:
+        yield from (v.val for v in equation.invars if np.ndim(getattr(v, "val", 0)))
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(part, "eqns") or hasattr(part, "jaxpr"):
+                yield from _constants(part)
 
 
 def _all_equal(first: Any, second: Any) -> bool:
@@ -628,7 +668,7 @@ def _are_independent(draft: Factors) -> bool:
     numbers = np.arange(draft.num_systems)
     changed = [numbers >> bit & 1 == value for bit in range(draft.num_systems.bit_length()) for value in (0, 1)]
     return all(
-        bool(_same_elsewhere(draft, jax.random.key(i), jnp.asarray(which)))
+        bool(_same_elsewhere(draft, jax.random.key(i), jnp.asarray(which), jnp.asarray(i / (NUM_STATES - 1))))
         for i in range(NUM_STATES)
         for which in changed
         if which.any() and not which.all()
@@ -636,12 +676,20 @@ def _are_independent(draft: Factors) -> bool:
 
 
 @jax.jit
-def _same_elsewhere(draft: Factors, rng_key: Array, changed: Array) -> Array:
-    """Whether all that is read of the other systems is the same, for two states of those that are changed."""
+def _same_elsewhere(draft: Factors, rng_key: Array, changed: Array, spread: Array) -> Array:
+    """Whether all that is read of the other systems is the same, for two states of those that are changed.
+
+    :param spread: between 0 and 1: how far out the states are; of bits, how many are 1.
+    """
     systems, keys = draft.num_systems, jax.random.split(rng_key)
     kernel = draft.prior.diffusion.kernel
     events = draft.state_shape[: len(draft.state_shape) - kernel.event_ndim]
-    z = kernel.as_state(kernel.stationary().sample(keys[0], (2, systems, *events)))
+    if draft.is_discrete:
+        word = jax.random.bernoulli(keys[0], spread, (systems, *draft.state_shape)).astype(float)
+        z = jnp.stack([word, 1 - word])
+    else:
+        z = kernel.as_state((0.5 + 3 * spread) * kernel.stationary().sample(keys[0], (2, systems, *events)))
+    latents = draft.draw_latents(keys[1], (2, 1)) | draft.draw_evenly(keys[1], (2, 1))
 
     def with_change(a: Array) -> Array:
         return a.at[1].set(jnp.where(changed.reshape(-1, *(1,) * (a.ndim - 2)), a[1], a[0]))
@@ -652,7 +700,7 @@ def _same_elsewhere(draft: Factors, rng_key: Array, changed: Array) -> Array:
         return [jnp.nan_to_num(a.astype(float).reshape(systems, -1)) for a in parts]
 
     # one after the other, by the same operations
-    both = jax.lax.map(read, jax.tree.map(with_change, (z, draft.draw_latents(keys[1], (2, 1)))))
+    both = jax.lax.map(read, jax.tree.map(with_change, (z, latents)))
     same = [(a[0] == a[1]).all(-1) for a in both]
     return (jnp.stack(same).all(0) | changed).all()
 
@@ -716,24 +764,29 @@ def _owners(draft: Factors) -> Array | None:
     # a bit may matter only where another has one value: from all bits 0 to all 1, as an AND or an OR needs
     words = zip(jax.random.split(jax.random.key(0), NUM_WORDS), np.linspace(0, 1, NUM_WORDS), strict=True)
     of_words = [jax.tree.map(lambda u, i=i: u[i], latents) for i in range(NUM_WORDS)]
-    depends = np.any([_depends_on(draft, u, *word) for u, word in zip(of_words, words, strict=True)], axis=0)
-    count = depends.sum(0)
-    if (count > 1).any():
+    found = [_depends_on(draft, u, *word) for u, word in zip(of_words, words, strict=True)]
+    by_zeros, by_ones = np.any(found, axis=0)  # per digit of a bit's number
+    if (by_zeros & by_ones).any():
         return None
-    return jnp.where(count == 0, size, jnp.argmax(depends, 0))
+    owner = (by_ones * 2 ** np.arange(len(by_ones))[:, None, None]).sum(0)
+    return jnp.asarray(np.where((by_zeros | by_ones).any(0), owner, size))
 
 
 @jax.jit
 def _depends_on(factors: Factors, latents: Latents, rng_key: Array, share: Array) -> Array:
-    """Whether each observed number changes with each bit, around a word with this share of ones: ``(D, S, k)``."""
+    """Whether each observed number changes with the bits whose number has a digit 0 there, or 1, around a word with
+    this share of ones: shape ``(2, digits, S, k)``. What depends on two bits changes with both for some digit."""
     systems, size = factors.num_systems, math.prod(factors.state_shape)
 
     def elements(z: Array) -> Array:
         return factors._read_one(z.reshape(systems, *factors.state_shape), latents).elements
 
     bits = jax.random.bernoulli(rng_key, share, (systems, size)).astype(float)
+    digits = np.arange(size) >> np.arange(max(1, (size - 1).bit_length()))[:, None] & 1
+    flips = jnp.asarray(np.stack([1 - digits, digits]), bits.dtype)
     before = elements(bits)
-    return jax.lax.map(lambda i: elements(bits.at[:, i].set(1 - bits[:, i])) != before, jnp.arange(size))
+    changed = jax.lax.map(lambda flip: elements(jnp.abs(bits - flip)) != before, flips.reshape(-1, size))
+    return changed.reshape(*flips.shape[:2], *changed.shape[1:])
 
 
 def _full_precision() -> Any:
@@ -750,7 +803,8 @@ def _names(names: Any) -> str:
 def _partition(leaves: list[Any], traced: set[int]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What programs know (``None`` where they are given an array), and those arrays."""
     static = [None if i in traced else _Constant(leaf) for i, leaf in enumerate(leaves)]
-    return tuple(static), tuple(leaf for i, leaf in enumerate(leaves) if i in traced)
+    given = [leaf for i, leaf in enumerate(leaves) if i in traced]
+    return tuple(static), tuple(jnp.asarray(leaf) if isinstance(leaf, float) else leaf for leaf in given)
 
 
 class _Constant:
@@ -884,15 +938,14 @@ def _normal_part(site: Site, message: Any, systems: int) -> _NormalPart:
     weights = jnp.broadcast_to(weights, shape)
     used, weights = weights > 0, jnp.where(weights > 0, weights, 1.0)
     if site.kind == MULTIVARIATE:
-        n = value.shape[-1]
-        log_det = 2 * jnp.log(jnp.diagonal(base.scale_tril, axis1=-2, axis2=-1)).sum(-1)
-        log_normalizer = n * math.log(2 * math.pi) + jnp.broadcast_to(log_det, shape)
-        correction = 0.5 * (log_normalizer - n * jnp.log(weights)) - 0.5 * weights * log_normalizer
-        correction = jnp.where(used, correction, 0.5 * n * math.log(2 * math.pi))
-        residual = jnp.where(used[..., None], value - base.loc, 0.0)
-        covariance = jnp.broadcast_to(base.covariance_matrix, (*shape, n, n)) / weights[..., None, None]
-        blocks = split(jnp.where(used[..., None, None], covariance, jnp.eye(n))).reshape(systems, -1, n, n)
-        noise = _block_diagonal(list(jnp.moveaxis(blocks, 1, 0)), systems)
+        n, root = value.shape[-1], jnp.broadcast_to(base.scale_tril, (*value.shape, value.shape[-1]))
+        constant = 0.5 * n * math.log(2 * math.pi)
+        correction = constant - 0.5 * n * jnp.log(weights) - weights * (constant + half_log_det(root))
+        correction = jnp.where(used, correction, constant)
+        # by the inverse, of which there is one for all particles as a rule
+        inverse = solve_lower(root[..., None, :, :], jnp.eye(n, dtype=root.dtype))  # transposed
+        residual = einsum("...ji,...j->...i", inverse, jnp.where(used[..., None], value - base.loc, 0.0))
+        noise = split(jnp.broadcast_to(1 / weights[..., None], value.shape)).reshape(systems, -1)
         discrepancy = jnp.zeros_like(residual)
     else:
         mean = base.loc if site.kind == NORMAL else base.mean
@@ -909,25 +962,12 @@ def _normal_part(site: Site, message: Any, systems: int) -> _NormalPart:
             discrepancy = jnp.where(used, weights * base.log_prob(inside) - as_normal, 0.0)
         correction = jnp.where(used, correction, 0.5 * math.log(2 * math.pi))
         noise = split(jnp.where(used, variance / weights, 1.0)).reshape(systems, -1)
-        noise = jax.vmap(jnp.diag)(noise)
     return _NormalPart(
         split(residual).reshape(systems, -1),
         noise,
         split(correction).reshape(systems, -1).sum(-1),
         split(discrepancy).reshape(systems, -1),
     )
-
-
-def _block_diagonal(blocks: list[Array], systems: int) -> Array:
-    size = sum(block.shape[-1] for block in blocks)
-    if len(blocks) == 1:
-        return blocks[0]
-    out, start = jnp.zeros((systems, size, size)), 0
-    for block in blocks:
-        stop = start + block.shape[-1]
-        out = out.at[:, start:stop, start:stop].set(block)
-        start = stop
-    return out
 
 
 def _merge_chains(a: Array) -> Array:

@@ -38,6 +38,8 @@ LEAST_VARIANCE = 1e-3
 LARGEST_TILT = 10.0
 #: Up to so many bits, r is averaged over all words.
 MOST_BITS = 8
+#: By so many numbers at most, x times observations, many observations are told by fewer.
+MOST_ENTRIES = 2**14
 #: Random directions along which variances of more observations than that are found.
 NUM_PROBES = 16
 #: Steps of conjugate gradients for their means.
@@ -338,7 +340,8 @@ class Moment(Twist):
     depends on one bit at most, and else over draws.
 
     :param most_rows: up to so many observed numbers per x, a vector-Jacobian product for each of them gives their whole
-        covariance. Above, means come by a few steps of conjugate gradients, and variances number by number.
+        covariance. Above, they are told by as many numbers as x has, if these are no more than that; else means come
+        by a few steps of conjugate gradients, and variances number by number.
     """
 
     name = "moment"
@@ -361,7 +364,11 @@ class Moment(Twist):
         if factors.num_rows <= self.most_rows:
             return found
         unaffected = {site.name for site in factors.observed if site.kind in (OTHER, FACTOR, CONSTANT)}
-        many = f"; {factors.num_rows} numbers by conjugate gradients"
+        size, num_known = math.prod(factors.state_shape), factors.count_rows((EXACT,))
+        if _fit_coordinates(factors.num_rows, num_known, size, self.most_rows):
+            many = f"; {factors.num_rows - num_known} numbers by {size} that say the same"
+        else:
+            many = f"; {factors.num_rows} numbers by conjugate gradients"
         return {name: rule if name in unaffected else rule + many for name, rule in found.items()}
 
     def __call__(
@@ -494,7 +501,7 @@ def _conditioned(
     known_residual = jnp.where(counts, value, 0.0) - at_mean[..., num_rows - num_known :]
     residual = jnp.concatenate([reading.residual, known_residual], -1)
     unused = jnp.broadcast_to(jnp.where(counts, 0.0, 1.0), (*batch, num_known)).astype(scale.dtype)
-    noise = _padded(reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny), unused)
+    noise = jnp.concatenate([reading.noise / jnp.maximum(power, jnp.finfo(scale.dtype).tiny), unused], -1)
     log_value = reading.correction + log_known + 0.5 * math.log(2 * math.pi) * unused.sum(-1)
     gradient = jnp.zeros(shape, scale.dtype)
     has_other = any(site.kind in (OTHER, FACTOR) for site in factors.observed)
@@ -504,18 +511,28 @@ def _conditioned(
         gradient += power * of_other
     if num_rows == 0:
         return Guided(log_value, _shifted(prediction, gradient, log_known))
+    seen_noise, seen_variance = noise, None
     if num_rows > most_rows:
         _, push = jax.linearize(lambda z: seen(z)[0], prediction.x_0)
-        many = _Rows(residual, jnp.diagonal(noise, axis1=-2, axis2=-1), push, lambda v: pull(v)[0])
-        log_many, variance, guide = _by_many_rows(prediction, many, gradient, log_known)
-        return Guided(log_value + log_many + _discrepancy(reading.discrepancy, many.noise, variance), guide)
+        many = _Rows(residual, noise, push, lambda v: pull(v)[0])
+        if not _fit_coordinates(num_rows, num_known, size, most_rows):
+            log_many, seen_variance, guide = _by_many_rows(prediction, many, gradient, log_known)
+            return Guided(log_value + log_many + _discrepancy(reading.discrepancy, noise, seen_variance), guide)
+        few, log_rest, seen_variance = _in_coordinates(prediction, many, num_known)
+        residual, noise, pull_row = few.residual, few.noise, few.pull
+        log_value, num_rows = log_value + log_rest, residual.shape[-1]
+    else:
+
+        def pull_row(seed: Array) -> Array:
+            return pull(seed)[0]
 
     # the observations' rows: gradients of what is observed, and their products with the covariance of x_0
     def flat(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(num_rows, *batch, size), 0, 2)
 
     seeds = jnp.eye(num_rows, dtype=scale.dtype)[:, None, None]
-    unflat_rows = jax.vmap(lambda seed: pull(seed)[0])(jnp.broadcast_to(seeds, (num_rows, *batch, num_rows)))
+    unflat_rows = jax.vmap(pull_row)(jnp.broadcast_to(seeds, (num_rows, *batch, num_rows)))
+    noise = noise[..., None] * jnp.eye(num_rows, dtype=noise.dtype)
     # on a CPU, one product after the other was seen to be three times faster
     one_by_one, at_once = partial(jax.lax.map, prediction.covariance), jax.vmap(prediction.covariance)
     products = flat(jax.lax.platform_dependent(unflat_rows, cpu=one_by_one, default=at_once))
@@ -534,8 +551,9 @@ def _conditioned(
         root, rest = cholesky(noise + spread), cholesky(noise + spread - share**2 * taken)
     white = solve_lower(root, residual)
     log_value += -0.5 * (white**2).sum(-1) - half_log_det(root) - 0.5 * num_rows * math.log(2 * math.pi)
-    diagonals = (jnp.diagonal(a, axis1=-2, axis2=-1) for a in (noise, noise + spread))
-    log_value += _discrepancy(reading.discrepancy, *diagonals)
+    if seen_variance is None:
+        seen_variance = jnp.diagonal(noise + spread, axis1=-2, axis2=-1)
+    log_value += _discrepancy(reading.discrepancy, seen_noise, seen_variance)
     shift = _in_noise(prediction, gradient).reshape(*batch, size) if has_other else None
     mean = (prediction.x_0 if prediction.is_last else prediction.reverse.mean).reshape(*batch, size)
     return Guided(log_value, NormalGuide(mean, scale, cross, share[..., 0], root, rest, residual, shift, log_known))
@@ -556,6 +574,45 @@ class _Rows(NamedTuple):
     pull: Callable[[Array], Array]
 
 
+def _fit_coordinates(num_rows: int, num_known: int, size: int, most_rows: int) -> bool:
+    """Whether more rows than that can be told by no more numbers than x has, as the many of a regression."""
+    return size + num_known <= most_rows and (num_rows - num_known) * size <= MOST_ENTRIES
+
+
+def _in_coordinates(prediction: Prediction, rows: _Rows, num_known: int) -> tuple[_Rows, Array, Array]:
+    r"""As many noisy observations as there are coordinates, which say all that K do: of :math:`L^\top x_0`, with unit
+    noise, for :math:`L L^\top = R^\top E^{-1} R`. What is known exactly follows, as it is.
+
+    Also what is left of the log density, which depends on the residuals alone, and the K variances.
+    """
+    shape = prediction.x_0.shape
+    batch, size = shape[:2], math.prod(shape[2:])
+    num_noisy = rows.residual.shape[-1] - num_known
+    basis = jnp.eye(size, dtype=rows.noise.dtype).reshape(size, 1, 1, *shape[2:])
+    columns = jax.vmap(rows.push)(jnp.broadcast_to(basis, (size, *shape)))
+    variance = prediction.variance.reshape(*batch, size)
+    seen_variance = rows.noise + einsum("dpsk,psd->psk", columns**2, variance)
+    residual, noise, columns = rows.residual[..., :num_noisy], rows.noise[..., :num_noisy], columns[..., :num_noisy]
+    information = einsum("dpsk,epsk->psde", columns / noise, columns)
+    least = 1e-6 * jnp.trace(information, axis1=-2, axis2=-1)[..., None, None] / size  # of what none of them shows
+    root = cholesky(information + (least + jnp.finfo(noise.dtype).tiny) * jnp.eye(size, dtype=noise.dtype))
+    told = solve_lower(root, einsum("dpsk,psk->psd", columns, residual / noise))
+    log_rest = 0.5 * ((told**2).sum(-1) - (residual**2 / noise + jnp.log(2 * math.pi * noise)).sum(-1))
+    log_rest += 0.5 * size * math.log(2 * math.pi)
+
+    def pull(v: Array) -> Array:
+        of_known = jnp.concatenate([jnp.zeros((*batch, num_noisy), v.dtype), v[..., size:]], -1)
+        return einsum("psde,pse->psd", root, v[..., :size]).reshape(shape) + rows.pull(of_known)
+
+    few = _Rows(
+        jnp.concatenate([told, rows.residual[..., num_noisy:]], -1),
+        jnp.concatenate([jnp.ones_like(told), rows.noise[..., num_noisy:]], -1),
+        rows.push,
+        pull,
+    )
+    return few, log_rest, seen_variance
+
+
 def _by_many_rows(
     prediction: Prediction, rows: _Rows, gradient: Array, log_known: Array
 ) -> tuple[Array, Array, DiagonalGuide]:
@@ -573,7 +630,8 @@ def _by_many_rows(
     signs = jax.random.rademacher(keys[1], (NUM_PROBES, rows.noise.shape[-1]), variance.dtype)[:, None, None]
     explained = jax.vmap(rows.pull)(signs / jnp.sqrt(total)) ** 2 * variance
     low, share, high = explained.min(0), explained.mean(0), explained.max(0)
-    kept = jnp.where(high - low <= 1e-3 * high, 1 - share, 1 / (1 + share))  # the signs do not matter to a single row
+    # the signs do not matter to a single row; several may say the same, and too narrow a step is worse than a wide one
+    kept = jnp.where(high - low <= 1e-3 * high, 1 - share, jnp.maximum(1 / (1 + share), 0.5))
 
     def product(v: Array) -> Array:
         return rows.noise * v + rows.push(prediction.covariance(rows.pull(v)))
@@ -680,14 +738,6 @@ def _averaged(factors: Factors, prediction: Prediction, latents: Latents, rng_ke
     log_other, pull = jax.vjp(value, prediction.x_0)
     (gradient,) = pull(jnp.ones_like(log_other))
     return log_other, jnp.where(jnp.isfinite(gradient), gradient, 0.0)
-
-
-def _padded(covariance: Array, diagonal: Array) -> Array:
-    """A covariance with further, independent entries."""
-    k, n = covariance.shape[-1], diagonal.shape[-1]
-    out = jnp.zeros((*covariance.shape[:-2], k + n, k + n), covariance.dtype)
-    out = out.at[..., :k, :k].set(covariance)
-    return out.at[..., k + jnp.arange(n), k + jnp.arange(n)].set(diagonal)
 
 
 def _trusted(spread: Array, noise: Array, of_variances: Callable[[], Array]) -> tuple[Array, Array]:

@@ -526,11 +526,10 @@ def test_new_data_need_no_retracing():
     assert not np.array_equal(run(Y + 1), first) and not calls
     assert not np.array_equal(run(np.asarray(Y) + 2), first) and not calls
     run(Y, scale=2.0)
-    assert calls  # a Python number may be a setting
-    run(Y, scale=jnp.array(3.0))
-    assert calls
-    run(Y, scale=jnp.array(4.0))
+    assert calls  # by name: another program
+    first = run(Y, scale=3.0)
     assert not calls
+    assert not np.array_equal(run(Y, scale=jnp.array(4.0)), first) and not calls
 
 
 def by_index(y, known):
@@ -757,6 +756,11 @@ REFUSED = {
     "not finite": (exact(lambda x: x, NAN_Y), ValueError, "'y'.*support of 'x'; nan"),
     "twice": (exact(lambda x: x[jnp.array([1, 1])]), ValueError, "'y'.*'x' twice"),
     "twice, in two sites": (same_coordinate_in_two_sites, ValueError, "'a', 'b'.*'x' twice"),
+    "a latent with a log density": (
+        lambda: (numpyro.sample("d", dist.Delta(1.0, log_density=2.0)), likelihood(numpyro.sample("x", GAUSSIAN))),
+        ValueError,
+        "'d'.*log_density",
+    ),
     "exact, of a latent": (exact_of_a_latent, ValueError, "'y'.*'k'"),
     "with a log density": (
         lambda: numpyro.sample("y", dist.Delta((x := numpyro.sample("x", GAUSSIAN))[0], log_density=x[1]), obs=1.0),

@@ -93,6 +93,43 @@ def test_latents_couple_a_plate():
     np.testing.assert_allclose(samples["b"].mean(0), [8 / 5.25, 0.02 / 1.26], atol=0.15)
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda x: x[::-1],
+        lambda x: x * x[::-1],
+        lambda x: jnp.maximum(x, x[::-1]),
+        lambda x: jnp.stack([x[1], x[1]]),
+    ],
+)
+@pytest.mark.parametrize("prob", [0.02, 0.5])
+def test_bits_couple_a_plate(link, prob):
+    """Also where the base rate lets it seldom be seen."""
+    prior = coin_flips((), prob)
+
+    def model(y):
+        with numpyro.plate("n", 2):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("y", dist.Normal(link(x), 0.5), obs=y)
+
+    assert read_model(model, (jnp.ones(2),), {}).systems == ()
+
+
+def test_rare_latents_and_far_states_couple_a_plate():
+    def rare(y):
+        with numpyro.plate("n", 2):
+            x, k = numpyro.sample("x", SCALAR), numpyro.sample("k", dist.Bernoulli(0.01))
+            numpyro.sample("y", dist.Normal(x + k[::-1], 0.5), obs=y)
+
+    def far(y):
+        with numpyro.plate("n", 2):
+            x = numpyro.sample("x", SCALAR)
+            numpyro.sample("y", dist.Normal(x + (x[::-1] > 2.5), 0.5), obs=y)
+
+    for model in (rare, far):
+        assert read_model(model, (jnp.ones(2),), {}).systems == ()
+
+
 def test_an_exact_observation_of_another_element():
     def model(y):
         with numpyro.plate("n", 2):
@@ -237,6 +274,28 @@ def test_what_a_model_refers_to_may_change():
     assert smc_module._advance._cache_size() == programs + 2
 
 
+@pytest.mark.parametrize("how", ["scale", "jit"])
+def test_what_is_deep_within_a_model_may_change(how):
+    """The scale of a site, and what a function within the model has been compiled with."""
+    seen = {"number": jnp.array([1.0])}
+
+    def model():
+        x, number = numpyro.sample("x", SCALAR), seen["number"]
+        x = jax.jit(lambda v: v + number)(x[None])[0] if how == "jit" else x
+        with handlers.scale(scale=1.0 if how == "jit" else number[0]):
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=2.0)
+
+    def truth(number):
+        if how == "jit":
+            return norm(0, math.sqrt(2)).logpdf(2.0 - number)
+        rest = 0.5 * (1 - number) * math.log(2 * math.pi) - 0.5 * math.log(number)  # of N^s over N(.; variance 1/s)
+        return norm(0, math.sqrt(1 + 1 / number)).logpdf(2.0) + rest
+
+    for number in (1.0, 3.0):
+        seen["number"] = jnp.array([number])
+        assert run(model).log_evidence == pytest.approx(truth(number), abs=1e-3)
+
+
 def test_a_twist_may_refer_to_what_changes():
     goal = {"at": 0.0}
 
@@ -266,6 +325,52 @@ def test_new_data_beside_what_a_program_has_to_know():
     assert jax.tree.structure(factors[0]) == jax.tree.structure(factors[1])
     other = read_model(model, (jnp.array([1, 2]), ~known, 1.0), {})
     assert jax.tree.structure(other) != jax.tree.structure(factors[0])
+
+
+def test_floats_that_a_model_has_to_know():
+    def model(y, which):
+        x = numpyro.sample("x", SCALAR)
+        numpyro.sample("y", dist.Normal(x, {0.5: 1.0, 0.1: 2.0}[which]), obs=y)
+
+    for which, scale in ((0.5, 1.0), (0.1, 2.0)):
+        assert run(model, 2.0, which).log_evidence == pytest.approx(norm(0, math.hypot(1, scale)).logpdf(2.0), abs=1e-3)
+
+
+def test_a_key_among_the_arguments():
+    def model(key, y):
+        shift = jax.random.normal(key)
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", SCALAR) + shift, 1.0), obs=y)
+
+    exact = norm(float(jax.random.normal(jax.random.key(3))), math.sqrt(2)).logpdf(2.0)
+    assert run(model, jax.random.key(3), 2.0).log_evidence == pytest.approx(exact, abs=1e-3)
+
+
+def test_a_covariate_with_missing_entries():
+    """NumPyro makes a masked latent of what obs_mask leaves out; x, and what is missing, against the joint normal."""
+
+    def model(w, known, y):
+        x = numpyro.sample("x", SCALAR)
+        with numpyro.plate("n", 2):
+            w = numpyro.sample("w", dist.Normal(0.0, 1.0), obs=w, obs_mask=known)
+            numpyro.sample("y", dist.Normal(x + w, 0.5), obs=y)
+
+    w, known, y = jnp.array([0.7, 0.0]), jnp.array([True, False]), jnp.array([1.0, 2.0])
+    smc = run(model, w, known, y, num_particles=1000, num_chains=8, ess_threshold=1.0)
+    covariance = np.array([[1.25, 1.0], [1.0, 2.25]])  # of y given the w that is known
+    truth = multivariate_normal([0.7, 0.0], covariance).logpdf(y) + norm.logpdf(0.7)
+    check_evidence(smc, truth)
+    mean = np.linalg.solve(covariance, np.array([0.3, 2.0])).sum()
+    assert smc.get_samples()["x"].mean() == pytest.approx(mean, abs=0.05)
+
+
+def test_many_bits_know_their_owners():
+    prior, order = coin_flips((300,)), np.random.default_rng(0).permutation(300)
+
+    def model(y, order):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Bernoulli(0.1 + 0.8 * x[order]).to_event(1), obs=y)
+
+    np.testing.assert_array_equal(read_model(model, (jnp.zeros(300), jnp.asarray(order)), {}).owner, order[None])
 
 
 # --- many observations -----------------------------------------------------------------------------------------------
@@ -307,6 +412,32 @@ def test_many_observations_of_all_coordinates():
         assert smc.ess.min() > least
     with pytest.raises(ValueError, match="most_rows must be an integer >= 0; got -1"):
         Moment(-1)
+
+
+@pytest.mark.parametrize("kind", ["collinear", "repeated", "correlated noise"])
+def test_many_observations_of_few_coordinates(kind):
+    """A regression of 100 numbers, whose x has two: told by two numbers, which is exact for it."""
+    rng = np.random.default_rng(0)
+    matrix = (
+        np.stack([np.ones(100), 3 + 0.3 * rng.standard_normal(100)], 1) if kind != "repeated" else np.ones((100, 2))
+    )
+    noise = np.eye(100) if kind != "correlated noise" else 0.1 * np.eye(100) + 0.9
+    y = matrix @ np.array([0.3, -0.4]) + np.linalg.cholesky(noise) @ rng.standard_normal(100)
+    root = jnp.asarray(np.linalg.cholesky(noise), float)
+
+    def model(y):
+        mean = jnp.asarray(matrix, float) @ numpyro.sample("x", PAIR)
+        if kind == "correlated noise":
+            numpyro.sample("y", dist.MultivariateNormal(mean, scale_tril=root), obs=y)
+        else:
+            numpyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    smc = run(model, jnp.asarray(y, float), num_particles=100, num_chains=8)
+    assert smc.log_evidence == pytest.approx(
+        multivariate_normal(np.zeros(100), matrix @ matrix.T + noise).logpdf(y), abs=0.02
+    )
+    assert smc.ess.min() > 95
+    assert smc.twist_rules == {"y": "linearised, normal; 100 numbers by 2 that say the same"}
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------
