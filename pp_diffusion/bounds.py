@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from pp_diffusion._frozen import Frozen
+from pp_diffusion.checks import positive_int
+from pp_diffusion.frozen import Frozen
 from pp_diffusion.prior import DiffusionPrior, as_rows
 from pp_diffusion.reverse import ReverseProcess
-from pp_diffusion.schedules import positive_int
 from pp_diffusion.trajectories import fixed_terms, step_cost, stream_log_ratios
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits

@@ -23,9 +23,9 @@ import numpyro
 from numpyro.distributions import transforms as numpyro_transforms
 
 from pp_diffusion import networks
-from pp_diffusion._frozen import Frozen, is_key
 from pp_diffusion.bounds import Bound
 from pp_diffusion.diffusion import Diffusion
+from pp_diffusion.frozen import Frozen, is_key
 from pp_diffusion.kernels import BinomialKernel, GaussianKernel, Kernel
 from pp_diffusion.likelihood import Importance
 from pp_diffusion.prior import DiffusionPrior

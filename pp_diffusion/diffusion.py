@@ -17,11 +17,12 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from pp_diffusion._frozen import Frozen
+from pp_diffusion.checks import check_precision, positive_int
+from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import Network, ReverseProcess
-from pp_diffusion.schedules import Rates, Schedule, positive_int
+from pp_diffusion.schedules import Rates, Schedule
 from pp_diffusion.trajectories import (
     ForwardTrajectory,
     PosteriorTrajectory,
@@ -30,7 +31,7 @@ from pp_diffusion.trajectories import (
     step_cost,
     step_squared_error,
 )
-from pp_diffusion.transforms import check_precision, check_transform, data_support, in_data_units, log_abs_det
+from pp_diffusion.transforms import check_transform, data_support, in_data_units, log_abs_det
 
 #: The share of training's steps that is drawn uniformly; it bounds the others' weights by its inverse.
 UNIFORM_SHARE = 0.2

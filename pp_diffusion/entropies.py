@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
+from pp_diffusion.checks import positive_int
 from pp_diffusion.prior import DiffusionPrior, as_rows
-from pp_diffusion.schedules import positive_int
 
 
 @dataclass(frozen=True, eq=False)

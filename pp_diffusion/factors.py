@@ -23,8 +23,8 @@ from numpyro import handlers
 from numpyro.ops.provenance import track_deps_jaxpr
 from numpyro.primitives import Messenger
 
-from pp_diffusion._frozen import Frozen, is_key
-from pp_diffusion._matrices import einsum, half_log_det, solve_lower
+from pp_diffusion.frozen import Frozen, is_key
+from pp_diffusion.matrices import einsum, half_log_det, solve_lower
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess
 

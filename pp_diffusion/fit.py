@@ -19,10 +19,9 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
+from pp_diffusion.checks import check_not_constant, name_columns, positive_int
 from pp_diffusion.diffusion import Diffusion, check_context_rows, check_importance, step_importance
 from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.schedules import positive_int
-from pp_diffusion.transforms import check_not_constant, name_columns
 from pp_diffusion.units import nats_to_bits
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from pp_diffusion import _arviz
-from pp_diffusion._frozen import Frozen
+from pp_diffusion import inference_data
 from pp_diffusion.bounds import lower_bound
+from pp_diffusion.checks import positive_int
+from pp_diffusion.frozen import Frozen
 from pp_diffusion.prior import DiffusionPrior, as_rows
-from pp_diffusion.schedules import positive_int
 from pp_diffusion.trajectories import log_weight
 from pp_diffusion.transforms import log_abs_det
 from pp_diffusion.units import nats_to_bits
@@ -99,7 +99,7 @@ class LogProbEstimate:
         no weight has shown, such as a mode that none of the trajectories met, no rule can see.
         """
         tame = self.pareto_k < min(self.good_k, BELIEVABLE_PARETO_K)
-        even = self.ess >= _arviz.NEARLY_EVEN * self.num_trajectories
+        even = self.ess >= inference_data.NEARLY_EVEN * self.num_trajectories
         believable = (tame | even) & (self.std_error <= BELIEVABLE_STD_ERROR)
         return np.where(self.pareto_k < MAX_PARETO_K, np.where(believable, BELIEVABLE, DOUBTFUL), BOUND_ONLY)
 
@@ -226,7 +226,7 @@ class LogProbEstimate:
         }
         attrs = {"units": "nats", "num_trajectories": self.num_trajectories, "good_k": self.good_k}
         groups["estimate"].attrs |= attrs
-        return _arviz.inference_data(groups, {**attrs, "inference_library": "pp_diffusion"})
+        return inference_data.inference_data(groups, {**attrs, "inference_library": "pp_diffusion"})
 
     def to_elpd(self) -> Any:
         """ArviZ's ``ELPDData`` of the log densities, for ``az.plot_khat`` and, of several models, ``az.compare``.
@@ -239,7 +239,7 @@ class LogProbEstimate:
         dims, _ = self._dims(None)
         coords = {name: np.arange(size) for name, size in zip(dims, self.value.shape, strict=True)}
         log_prob, pareto_k = (xarray.DataArray(values, coords, dims) for values in (self.value, self.pareto_k))
-        return _arviz.elpd_data(log_prob, pareto_k, self.good_k, self.num_trajectories)
+        return inference_data.elpd_data(log_prob, pareto_k, self.good_k, self.num_trajectories)
 
     def _dims(self, dims: Sequence[str] | None) -> tuple[list[str], list[str]]:
         ndim = self.value.ndim
@@ -380,7 +380,7 @@ def _summarise(
 ) -> LogProbEstimate:
     count, batch_shape = len(log_weights), log_weights.shape[1:]
     flat = log_weights.reshape(count, -1)
-    smoothed, pareto_k = _arviz.pareto_smooth(flat)
+    smoothed, pareto_k = inference_data.pareto_smooth(flat)
     value = _log_mean_exp(flat)
     with np.errstate(divide="ignore", invalid="ignore"):  # one trajectory has no error; no weight at all has no mean
         relative = np.exp(flat - value)

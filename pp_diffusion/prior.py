@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
+from pp_diffusion.checks import positive_int
+from pp_diffusion.kernels import Kernel
 from pp_diffusion.reverse import ReverseProcess
-from pp_diffusion.schedules import positive_int
 from pp_diffusion.trajectories import sample_chain
 
 if TYPE_CHECKING:
@@ -82,6 +84,16 @@ class DiffusionPrior(dist.Distribution):
     @property
     def has_rsample(self) -> bool:
         return not self.diffusion.kernel.is_discrete
+
+    @property
+    def kernel(self) -> Kernel:
+        """The diffusion kernel."""
+        return self.diffusion.kernel
+
+    @property
+    def transform(self) -> Transform | None:
+        """From the model's space to the data's."""
+        return self.diffusion.transform
 
     @property
     def process(self) -> ReverseProcess:

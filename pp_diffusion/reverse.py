@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from pp_diffusion._frozen import Frozen
+from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.parameterizations import Parameterization
 from pp_diffusion.schedules import Rates
@@ -207,10 +207,10 @@ class ReverseProcess(Frozen):
         rates = self.rates.at(0)
         return self.kernel.transition(x_1, rates.beta) if self.last_step == "kernel" else self(x_1, rates)
 
-    def with_context(self, context: Any) -> ReverseProcess:
-        new = object.__new__(type(self))
-        new._set(**{**self.__dict__, "context": context})
-        return new
+    def with_context(self, context: Any, context_batch_ndim: int | None = None) -> ReverseProcess:
+        """With another context, of as many batch axes unless ``context_batch_ndim`` says otherwise."""
+        batch_ndim = self.context_batch_ndim if context_batch_ndim is None else context_batch_ndim
+        return self.replace(context=context, context_batch_ndim=batch_ndim)
 
 
 def check_outputs(outputs: tuple[Any, ...], rule: Parameterization, shape: tuple[int, ...]) -> None:

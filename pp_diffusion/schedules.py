@@ -22,7 +22,8 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from pp_diffusion._frozen import Frozen
+from pp_diffusion.checks import positive_int
+from pp_diffusion.frozen import Frozen
 
 
 class Rates(NamedTuple):
@@ -308,16 +309,6 @@ def _previous(log_snr: Array) -> Array:
 
 def _float(x: ArrayLike) -> Array:
     return jnp.asarray(x, dtype=float)
-
-
-def positive_int(name: str, value: int) -> int:
-    """``value`` as an int.
-
-    :raises ValueError: naming the argument, unless it is an integer of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
-    return int(value)
 
 
 def _logit_of_first_beta(first_beta: float) -> float:

@@ -21,11 +21,11 @@ from jax import Array
 from numpyro.infer import log_likelihood
 from tqdm.auto import tqdm
 
-from pp_diffusion import _arviz
-from pp_diffusion._frozen import Frozen
-from pp_diffusion._matrices import cholesky, einsum
+from pp_diffusion import inference_data
+from pp_diffusion.checks import positive_int
 from pp_diffusion.factors import EXACT, FACTOR, Exact, Factors, Latents, read_model
-from pp_diffusion.schedules import positive_int
+from pp_diffusion.frozen import Frozen
+from pp_diffusion.matrices import cholesky, einsum
 from pp_diffusion.twists import (
     Guided,
     Prediction,
@@ -660,7 +660,7 @@ class _Run:
             )
             groups["log_likelihood"] = dataset({n: v for n, v in found.items() if n in noisy}, ["chain", "draw"])
         attrs = {"units": "nats", "twist": self.sampler.twist.name, "inference_library": "pp_diffusion"}
-        return _arviz.inference_data(groups, attrs)
+        return inference_data.inference_data(groups, attrs)
 
 
 @partial(jax.jit, static_argnames=("num_particles", "num_chains"))

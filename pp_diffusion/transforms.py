@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import AffineTransform, Transform
 
+from pp_diffusion.checks import check_not_constant, check_precision
+
 
 def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransform:
     """The transform under which ``data`` have mean 0 and standard deviation 1 in the model's space.
@@ -163,38 +165,6 @@ def _table_of_blocks(transform: UniformBlocks, size: int = 4096) -> tuple[np.nda
     return z, np.log(special.ndtr(u) @ widths) - np.log(special.ndtr(-u) @ widths)
 
 
-def check_not_constant(data: np.ndarray, name: str = "data") -> None:
-    """Refuses data with a coordinate that never changes: its density is unbounded.
-
-    :raises ValueError: naming the coordinates.
-    """
-    constant = (data == data[:1]).all(0)
-    if constant.any():
-        raise ValueError(
-            f"{name} must vary in every coordinate; constant: {name_columns(constant)}. "
-            "Drop these coordinates, or add noise of a known scale (dequantisation)"
-        )
-
-
-def check_precision(values: np.ndarray, states: np.ndarray, event_ndim: int, name: str) -> None:
-    """Refuses data whose rounding to the state's dtype is visible beside their spread, such as large time stamps.
-
-    :raises ValueError: naming the argument.
-    """
-    if not np.isfinite(states).all():
-        raise ValueError(f"{name} must be finite in {states.dtype}; the largest value is {np.abs(values).max()}")
-    if values.dtype == states.dtype or values.ndim == event_ndim:
-        return
-    values = values.reshape(-1, *values.shape[values.ndim - event_ndim :]).astype(np.float64)
-    lost, spread = np.abs(values - states.reshape(values.shape)).max(0), values.std(0)
-    bad = (lost > 0.05 * spread) & (np.ptp(values, axis=0) > 0)  # the standard deviation of equal numbers may round
-    if bad.any():
-        raise ValueError(
-            f"{name} lose their spread when rounded to {states.dtype} in {name_columns(bad)}: subtract an "
-            "offset first, or turn x64 on"
-        )
-
-
 def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
     """Refuses a transform that is not one to one from all real events of this shape to events of this shape.
 
@@ -228,16 +198,6 @@ def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
             holds = False
     if not holds:
         raise ValueError(f"transform must be one to one, with a finite Jacobian; {name} is not")
-
-
-def name_columns(mask: np.ndarray) -> str:
-    """The True coordinates of an event, in words; at most eight of them."""
-    if not np.ndim(mask):
-        return "the only coordinate"
-    index = np.argwhere(mask)
-    names = [str(i[0]) if mask.ndim == 1 else str(tuple(map(int, i))) for i in index[:8]]
-    more = f" and {len(index) - 8} more" if len(index) > 8 else ""
-    return f"column{'s' if len(index) > 1 else ''} {', '.join(names)}{more}"
 
 
 def log_abs_det(transform: Transform | None, z: Array, x: Array, event_ndim: int) -> Array:

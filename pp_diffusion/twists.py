@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from pp_diffusion._frozen import Frozen
-from pp_diffusion._matrices import cholesky, einsum, half_log_det, solve, solve_lower
 from pp_diffusion.factors import CONSTANT, EXACT, FACTOR, MOMENTS, OTHER, Exact, Factors, Latents, Reading
+from pp_diffusion.frozen import Frozen
+from pp_diffusion.matrices import cholesky, einsum, half_log_det, solve, solve_lower
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
 

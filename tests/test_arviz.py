@@ -7,7 +7,7 @@ import pytest
 
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
-from pp_diffusion._arviz import import_arviz, is_first_generation, pareto_smooth
+from pp_diffusion.inference_data import import_arviz, is_first_generation, pareto_smooth
 
 matplotlib.use("Agg")
 az = import_arviz()

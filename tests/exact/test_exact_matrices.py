@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import enable_x64
 
-from pp_diffusion._matrices import cholesky, half_log_det, solve, solve_lower
+from pp_diffusion.matrices import cholesky, half_log_det, solve, solve_lower
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 6, 7, 20])

@@ -44,6 +44,17 @@ class Frozen:
         self._set(**dict(static), **dict(zip(cls.data_fields, data, strict=True)))
         return self
 
+    def replace(self, **changes: Any) -> Self:
+        """With some attributes changed.
+
+        :raises AttributeError: for a name that is no attribute.
+        """
+        if unknown := set(changes) - set(self.__dict__):
+            raise AttributeError(f"{type(self).__name__} has no {', '.join(map(repr, sorted(unknown)))}")
+        new = object.__new__(type(self))  # not __init__: the others have been checked
+        new._set(**{**self.__dict__, **changes})
+        return new
+
     def _value(self) -> tuple[Any, ...]:
         leaves, structure = jax.tree.flatten(self)
         arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
