@@ -98,8 +98,8 @@ class SMC:
         :param args: the model's arguments. Arrays among them are traced: a new y needs no new compilation.
         :param kwargs: its keyword arguments.
         :raises TypeError: under ``jit`` or ``vmap``: many data sets are many elements of a plate.
-        :raises ValueError: if the model is none that SMC serves (see :func:`pp_diffusion.posterior.factors.read_model`), or its
-            likelihood is zero at every particle.
+        :raises ValueError: if SMC does not serve the model (see :func:`pp_diffusion.posterior.factors.read_model`), or
+            its likelihood is zero at every particle.
         :raises FloatingPointError: if the likelihood is NaN or infinite at an :math:`x_0`.
         """
         self._run = None
