@@ -107,9 +107,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "Poisson": Likelihood(
         lambda x: dist.Poisson(jnp.exp(1 + along(x))), {"ordinary": 3, "extreme": 60, "impossible": -1}
     ),
-    "Poisson, exp(5x)": Likelihood(
-        lambda x: dist.Poisson(jnp.exp(5 * along(x))), {"ordinary": 2, "extreme": 1000}
-    ),
+    "Poisson, exp(5x)": Likelihood(lambda x: dist.Poisson(jnp.exp(5 * along(x))), {"ordinary": 2, "extreme": 1000}),
     "NegativeBinomial2": Likelihood(
         lambda x: dist.NegativeBinomial2(jnp.exp(1 + along(x)), 2.0), {"ordinary": 3, "extreme": 200}
     ),
@@ -137,21 +135,15 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "Binomial, a million": Likelihood(
         lambda x: dist.Binomial(1_000_000, logits=along(x)), {"ordinary": 600_000, "extreme": 950_000}
     ),
-    "BetaBinomial": Likelihood(
-        lambda x: dist.BetaBinomial(jnp.exp(along(x)), 2.0, 20), {"ordinary": 8, "extreme": 20}
-    ),
+    "BetaBinomial": Likelihood(lambda x: dist.BetaBinomial(jnp.exp(along(x)), 2.0, 20), {"ordinary": 8, "extreme": 20}),
     "Beta": Likelihood(
         lambda x: dist.BetaProportion(jax.nn.sigmoid(along(x)), 10.0), {"ordinary": 0.6, "extreme": 0.999}
     ),
-    "Kumaraswamy": Likelihood(
-        lambda x: dist.Kumaraswamy(jnp.exp(along(x)), 2.0), {"ordinary": 0.4, "extreme": 0.99}
-    ),
+    "Kumaraswamy": Likelihood(lambda x: dist.Kumaraswamy(jnp.exp(along(x)), 2.0), {"ordinary": 0.4, "extreme": 0.99}),
     "Exponential": Likelihood(
         lambda x: dist.Exponential(jnp.exp(2 * along(x))), {"ordinary": 0.5, "extreme": 5.0, "impossible": -1.0}
     ),
-    "Gamma": Likelihood(
-        lambda x: dist.Gamma(5.0, 5.0 * jnp.exp(-2 * along(x))), {"ordinary": 1.0, "extreme": 10.0}
-    ),
+    "Gamma": Likelihood(lambda x: dist.Gamma(5.0, 5.0 * jnp.exp(-2 * along(x))), {"ordinary": 1.0, "extreme": 10.0}),
     "InverseGamma": Likelihood(
         lambda x: dist.InverseGamma(3.0, 2 * jnp.exp(along(x))), {"ordinary": 1.0, "extreme": 30.0}
     ),

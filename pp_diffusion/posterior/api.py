@@ -177,6 +177,11 @@ class SMC:
         """Per observed site, the form that the twist gives it."""
         return self._done.rules
 
+    @property
+    def observed_values(self) -> dict[str, Array]:
+        """The values of the observed sites, ``numpyro.factor`` apart."""
+        return self._done.sampler.factors.observed_values()
+
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
         """Draws of the posterior, of equal weights: all latent sites, in data units.
 

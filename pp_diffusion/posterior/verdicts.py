@@ -21,7 +21,7 @@ FEWEST_CHAINS = 8
 FEWEST_TO_COMPARE = 4
 #: A larger standard deviation of log Z between chains, in nats, is a collapse; half of it is doubtful.
 LARGEST_SPREAD = 1.0
-#: So many independent draws in each chain, by the spread of the chains' means, are too few; thrice as many are doubtful.
+#: So few independent draws in a chain, by the spread of the chains' means, are a collapse; thrice as many are doubtful.
 FEWEST_DRAWS = 3.0
 #: So small an effective sample of all chains' draws is a collapse.
 FEWEST_EFFECTIVE = 8.0
@@ -101,7 +101,7 @@ def evidence_error(findings: Findings) -> np.ndarray:
 
 
 def _student(z: float, degrees: int) -> float:
-    """The quantile of Student's t at the probability of a normal's z, by its expansion in 1/degrees (to 1e-3 from 7)."""
+    """The quantile of Student's t at the probability of a normal's z, by its expansion in 1/degrees (to .001 from 7)."""
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / degrees + second / degrees**2 + third / degrees**3
