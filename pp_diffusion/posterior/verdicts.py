@@ -101,7 +101,7 @@ def evidence_error(findings: Findings) -> np.ndarray:
 
 
 def _student(z: float, degrees: int) -> float:
-    """The quantile of Student's t at the probability of a normal's z, by its expansion in 1/degrees (to .001 from 7)."""
+    """Student's t at the probability of a normal's z, by its expansion in 1/degrees: to .001 from 7."""
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / degrees + second / degrees**2 + third / degrees**3
