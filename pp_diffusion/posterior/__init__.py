@@ -1,0 +1,1 @@
+"""Posteriors of models with a diffusion prior."""
