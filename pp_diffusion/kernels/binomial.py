@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,6 @@ class BinomialKernel(Kernel):
         """Independent bits with these logits, kept where both probabilities are positive in floating point."""
         limit = -np.log(np.finfo(logits.dtype).tiny)
         return dist.BernoulliLogits(jnp.clip(logits, -limit, limit), validate_args=False).to_event(self.event_ndim)
-
-    @property
-    def state_space(self) -> Any:  # STAND-IN
-        from pp_diffusion.states import Bits
-
-        return Bits(self.event_shape)
 
     def stationary(self) -> dist.Distribution:
         probs = self._base_rate()

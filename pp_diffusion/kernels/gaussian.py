@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,6 @@ class GaussianKernel(Kernel):
     def normal(self, mean: Array, variance: Array) -> dist.Distribution:
         """A diagonal normal distribution over states."""
         return dist.Normal(mean, jnp.sqrt(variance), validate_args=False).to_event(self.event_ndim)
-
-    @property
-    def state_space(self) -> Any:  # STAND-IN
-        from pp_diffusion.states import Continuous
-
-        return Continuous(self.event_shape)
 
     def stationary(self) -> dist.Distribution:
         return self.normal(jnp.zeros(self.event_shape), jnp.ones(self.event_shape))
