@@ -1,1 +1,1 @@
-"""Posteriors of a user's model with a diffusion prior, and their evidence."""
+"""Posteriors of models with a diffusion prior."""
