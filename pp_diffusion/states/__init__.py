@@ -4,3 +4,4 @@ from pp_diffusion.states.bits import Bits as Bits
 from pp_diffusion.states.continuous import Continuous as Continuous
 from pp_diffusion.states.finite import Finite as Finite
 from pp_diffusion.states.space import StateSpace as StateSpace
+from pp_diffusion.states.space import Words as Words
