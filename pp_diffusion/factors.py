@@ -185,7 +185,7 @@ class Factors(Frozen):
 
     def in_data_units(self, z: Array) -> Array:
         """States of the model's space in data units."""
-        transform = self.prior.diffusion.transform
+        transform = self.prior.transform
         with _full_precision():
             return z if transform is None else transform(z)
 
@@ -209,16 +209,11 @@ class Factors(Frozen):
         ndim, shape = self._layout.batch_ndim, self.to_site(jnp.zeros((self.num_systems, *self.state_shape))).shape
 
         def per_system(context: Array) -> Array:
-            rest = jnp.shape(context)[prior.context_batch_ndim :]
+            rest = jnp.shape(context)[prior.process.context_batch_ndim :]
             context = self._layout.split(jnp.broadcast_to(context, shape[:ndim] + rest))
             return jnp.tile(context, (num_chains,) + (1,) * (context.ndim - 1))
 
-        return prior.diffusion.reverse_process(
-            prior.params,
-            context=jax.tree.map(per_system, prior.context),
-            context_batch_ndim=ndim - len(self.systems) + 1,
-            num_timesteps=prior.num_timesteps,
-        )
+        return prior.process.with_context(jax.tree.map(per_system, prior.process.context), ndim - len(self.systems) + 1)
 
     def draw_latents(self, rng_key: Array, shape: tuple[int, int]) -> Latents:
         """The other latents from their prior, in unconstrained space, shape ``(P, S, …)`` for ``shape = (P, C)``."""
@@ -375,7 +370,7 @@ class Factors(Frozen):
         x = self._layout.split(self._zeros()).reshape(systems, size)
         target = jnp.where(counts, where, size)  # what does not count is written nowhere
         x = jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, target, y)
-        transform = self.prior.diffusion.transform
+        transform = self.prior.transform
         if transform is None or not self.is_exact:  # a transform may join the coordinates, where none is known
             return Exact(where, jnp.take_along_axis(x, where, -1), counts, jnp.zeros(systems))
         x = x.reshape(systems, *self.state_shape)
@@ -443,7 +438,7 @@ def _describe(draft: Factors) -> Factors:
     trace, _ = draft.trace(None, {})
     message = _prior_site(trace)
     base = _unwrap(message["fn"]).base
-    name, kernel = message["name"], base.diffusion.kernel
+    name, kernel = message["name"], base.kernel
     found = {n: m for n, m in trace.items() if m["type"] == "sample" and n != name}
     latents = {n: m for n, m in found.items() if not (m["is_observed"] or _is_fixed(m))}
     for site, m in found.items():
@@ -682,7 +677,7 @@ def _same_elsewhere(draft: Factors, rng_key: Array, changed: Array, spread: Arra
     :param spread: between 0 and 1: how far out the states are; of bits, how many are 1.
     """
     systems, keys = draft.num_systems, jax.random.split(rng_key)
-    kernel = draft.prior.diffusion.kernel
+    kernel = draft.prior.kernel
     events = draft.state_shape[: len(draft.state_shape) - kernel.event_ndim]
     if draft.is_discrete:
         word = jax.random.bernoulli(keys[0], spread, (systems, *draft.state_shape)).astype(float)
@@ -727,7 +722,7 @@ def _selected(draft: Factors, site: Site, trace: Mapping[str, Any]) -> Array:
             f"site {site.name!r}: an exact observation (Delta) must be a selection of the coordinates of "
             f"{draft.name!r}, such as x[..., known]; for other functions of x use a Normal with a small scale"
         )
-    transform = draft.prior.diffusion.transform
+    transform = draft.prior.transform
     if transform is not None and (transform.domain.event_dim or transform.codomain.event_dim):
         raise ValueError(
             f"site {site.name!r}: an exact observation needs a transform that acts on each coordinate alone; "
@@ -858,12 +853,12 @@ def _unconstrain(fn: dist.Distribution, value: Array) -> Array:
 
 def _feasible(fn: dist.Distribution, *, is_origin: bool = True) -> Array:
     """A state in data units: the origin, or another."""
-    diffusion = _unwrap(fn).base.diffusion
-    kernel, z = diffusion.kernel, jnp.zeros(fn.shape())
+    prior = _unwrap(fn).base
+    kernel, z = prior.kernel, jnp.zeros(fn.shape())
     if not is_origin:
         z = 1 - z if kernel.is_discrete else jax.random.normal(jax.random.key(0), z.shape)
     z = kernel.as_state(z)
-    return z if diffusion.transform is None else diffusion.transform(z)
+    return z if prior.transform is None else prior.transform(z)
 
 
 class _Unwrapped(NamedTuple):

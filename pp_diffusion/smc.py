@@ -106,7 +106,7 @@ class Sampler(Frozen):
 def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int = 1) -> SMCState:
     r"""Particles at :math:`x_T`, and other latents from their prior."""
     factors, twist = sampler.factors, sampler.twist
-    kernel = factors.prior.diffusion.kernel
+    kernel = factors.prior.kernel
     x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(rng_key, 5)
     batch = (num_particles, num_chains * factors.num_systems)
     shape = (*batch, *factors.state_shape)

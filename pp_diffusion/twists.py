@@ -837,7 +837,7 @@ def _averaged_bits(factors: Factors, prediction: Prediction, latents: Latents, r
 
 def _perturbed(factors: Factors, prediction: Prediction, latents: Latents, power: Array, rng_key: Array) -> BitsGuide:
     """The paper's perturbed step, with r^power; no bit becomes impossible by it."""
-    kernel, logits = factors.prior.diffusion.kernel, _flat_logits(prediction)
+    kernel, logits = factors.prior.kernel, _flat_logits(prediction)
 
     def log_r(x: Array) -> Array:
         return power * factors.read(x, latents).log_r
@@ -849,7 +849,7 @@ def _perturbed(factors: Factors, prediction: Prediction, latents: Latents, power
 def _bits_guide(factors: Factors, prediction: Prediction, logits: Array, tilted: Array) -> BitsGuide:
     if prediction.is_last:
         return BitsGuide(logits, tilted)
-    kernel = factors.prior.diffusion.kernel
+    kernel = factors.prior.kernel
     x_0 = kernel.bernoulli(tilted.reshape(prediction.x_t.shape))
     guided = _logits(kernel.reverse_given(prediction.x_t, x_0, prediction.rates))
     return BitsGuide(logits, guided.reshape(logits.shape))
