@@ -72,6 +72,6 @@ def as_rows(context: Any, num_axes: int) -> Any:
     return jax.tree.map(lambda c: c.reshape(-1, *c.shape[num_axes:]), context)
 
 
-def take(context: Any, rows: Array | None) -> Any:
+def take(context: Any, rows: Array | np.ndarray | None) -> Any:
     """These rows of it; all for ``None``."""
     return context if rows is None else jax.tree.map(lambda c: jnp.asarray(c)[rows], context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class DataSpace(Frozen):
     :param transform: from z to x; ``None`` where they are the same.
     """
 
-    data_fields = ("kernel", "transform")
+    data_fields: ClassVar[tuple[str, ...]] = ("kernel", "transform")
 
     kernel: Kernel
     transform: Transform | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn, Self
 
 import jax
@@ -46,7 +47,7 @@ class Frozen:
         return tuple(zip(map(jax.tree_util.GetAttrKey, self.data_fields), data, strict=True)), static
 
     @classmethod
-    def _unflatten(cls, static: tuple[tuple[str, Any], ...], data: tuple[Any, ...]) -> Self:
+    def _unflatten(cls, static: tuple[tuple[str, Any], ...], data: Iterable[Any]) -> Self:
         return cls.of(**dict(static), **dict(zip(cls.data_fields, data, strict=True)))
 
     @classmethod

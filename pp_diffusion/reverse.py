@@ -105,7 +105,7 @@ def _linen_calls(module: nn.Module) -> _Calls:
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         return module.apply({"params": params}, *args, **kwargs)
 
-    return _Calls(init, apply, module.__call__)  # type: ignore[attr-defined]
+    return _Calls(init, apply, module.__call__)
 
 
 def _nnx_calls(nnx: Any, module: Any) -> _Calls:

@@ -171,7 +171,8 @@ def _pack_part(part: Frozen, name: str, arrays: dict[str, np.ndarray]) -> dict[s
     for field in part.data_fields:
         _put(f"{name}.{field}", getattr(part, field), arrays)
     packed = {"type": kind, "static": static, "arrays": {f: f"{name}.{f}" for f in part.data_fields}}
-    if is_key(key := getattr(part, "rng_key", None)):
+    key: Any = getattr(part, "rng_key", None)
+    if is_key(key):
         packed["key"] = str(jax.random.key_impl(key))
     return packed
 

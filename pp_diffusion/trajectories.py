@@ -55,7 +55,7 @@ class Trajectory(dist.Distribution):
     def _expanded(self, batch_shape: tuple[int, ...], **attributes: Any) -> Self:
         # the same class, not ExpandedDistribution, so that the registered KL is found under a plate
         new = copy.copy(self)
-        vars(new).update(attributes, _batch_shape=tuple(batch_shape))
+        new.__dict__.update(attributes, _batch_shape=tuple(batch_shape))
         return new
 
     def _time_first(self, path: Array) -> Array:
@@ -209,6 +209,7 @@ class ReverseTrajectory(Trajectory):
     def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
         x_end, keys = start(key, self.kernel, self.rates, sample_shape + self.batch_shape)
         _, path = walk_to_x_1(self.reverse, self.rates, draw_state(self.kernel), x_end, keys, keep_path=True)
+        assert path is not None
         return self._time_behind_batch(jnp.concatenate([path, x_end[None]]))
 
     @validate_sample
@@ -220,7 +221,7 @@ class ReverseTrajectory(Trajectory):
         return end + self.reverse(path[1:], self._steps(slice(1, None), path)).log_prob(path[:-1]).sum(0)
 
 
-@dist.kl_divergence.register(PosteriorTrajectory, ReverseTrajectory)  # type: ignore[attr-defined]
+@dist.kl_divergence.register(PosteriorTrajectory, ReverseTrajectory)
 def _kl_posterior_reverse(q: PosteriorTrajectory, p: ReverseTrajectory) -> Array:
     if q.rng_key is None:
         raise NotImplementedError("PosteriorTrajectory needs rng_key for its KL")  # ELBOs then use the log ratio

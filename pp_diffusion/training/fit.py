@@ -212,7 +212,7 @@ def _check_settings(
         check_squared_errors(diffusion.schedule, diffusion.last_step)
 
 
-def _default_optimizer(num_steps: Array) -> optax.GradientTransformation:
+def _default_optimizer(num_steps: Array | int) -> optax.GradientTransformation:
     """Adam with warm-up and cosine decay over ``num_steps``, which may be traced."""
     import optax
 
