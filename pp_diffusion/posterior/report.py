@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -60,7 +60,11 @@ class Run:
             num_particles=self.num_particles,
             plain=plain,
         )
-        self.verdicts: list[Verdict] = judge(self.findings)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each system."""
+        return judge(self.findings)
 
     # --- evidence ----------------------------------------------------------------------------------------------
 
