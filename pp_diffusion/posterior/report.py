@@ -170,7 +170,8 @@ class Run:
 
     def _evidence_in_words(self) -> str:
         value, error = np.sum(self.log_evidence), np.sqrt(np.sum(np.square(self.log_evidence_error)))
-        spread = f"error unknown: it needs {FEWEST_CHAINS} chains" if np.isnan(error) else f"± {error:.4f}"
+        unknown = f"it needs {FEWEST_CHAINS} chains" if self.num_chains < FEWEST_CHAINS else "particles collapsed"
+        spread = f"error unknown: {unknown}" if np.isnan(error) else f"± {error:.4f}"
         systems = self.log_evidence.size
         whole = f" in all of {systems} systems" if systems > 1 else ""
         return f"log evidence{whole}: {value:.4f} nats ({nats_to_bits(value):.4f} bits), {spread}"
