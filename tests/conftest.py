@@ -13,6 +13,7 @@ import pytest
 
 QUICK = "not slow"  # pyproject's
 LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+MAPS = Path("/proc/self/maps")
 EXACT = Path(__file__).parent / "exact"
 
 
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(items):
 def _no_leftovers():
     """Each compiled program holds memory maps, of which a process may have so many (65 530 on Linux)."""
     yield
-    import jax
+    if not MAPS.exists() or MAPS.read_text().count("\n") > 20_000:
+        import jax  # not before the flags are set
 
-    jax.clear_caches()
+        jax.clear_caches()
