@@ -30,8 +30,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
 from benchmarks.reference import naive_numpyro as naive
-from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps
-from pp_diffusion.trajectories import fixed_terms, step_cost
+from pp_diffusion.objectives import UNIFORM_SHARE, draw_steps, fixed_terms, step_cost
 
 
 @cache

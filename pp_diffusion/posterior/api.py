@@ -73,7 +73,7 @@ class SMC:
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         num_particles: int,
         twist: Any = None,

@@ -144,7 +144,9 @@ class Run:
         infos, many = self.infos, math.prod(self.shape)
         final, least = infos.ess[0], infos.ess.min(0)
         found = "; ".join(f"{name}: {rule}" for name, rule in self.rules.items())
-        ancestors = [len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(len(final), -1).T]
+        ancestors = [
+            len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(self.num_particles, -1).T
+        ]
         lines = [
             self._evidence_in_words(),
             f"{self.num_particles} particles in {many} system{'s' if many > 1 else ''}; effective at the end: "
