@@ -75,7 +75,7 @@ def test_an_example_runs_as_a_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_example(name, tmp_path, monkeypatch, capfd, lightly):
+def test_example(name, tmp_path, monkeypatch, capfd):
     out = run_here(name, tmp_path, monkeypatch, capfd)
     assert all(row in out for row in ROWS[name])
     assert "nan" not in out
