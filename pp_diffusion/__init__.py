@@ -25,6 +25,10 @@ from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
 from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.parameterizations import Parameterization as Parameterization
 from pp_diffusion.perturb import perturb as perturb
+from pp_diffusion.posterior.api import SMC as SMC
+from pp_diffusion.posterior.comparison import EvidenceComparison as EvidenceComparison
+from pp_diffusion.posterior.comparison import compare_evidence as compare_evidence
+from pp_diffusion.posterior.verdicts import CollapseWarning as CollapseWarning
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
 from pp_diffusion.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess
@@ -32,7 +36,6 @@ from pp_diffusion.schedules import FixedSchedule as FixedSchedule
 from pp_diffusion.schedules import LearnedSchedule as LearnedSchedule
 from pp_diffusion.schedules import Rates as Rates
 from pp_diffusion.schedules import Schedule as Schedule
-from pp_diffusion.smc import SMC as SMC
 from pp_diffusion.trajectories import ForwardTrajectory as ForwardTrajectory
 from pp_diffusion.trajectories import PosteriorTrajectory as PosteriorTrajectory
 from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory

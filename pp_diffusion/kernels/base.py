@@ -19,6 +19,7 @@ from numpyro.distributions import constraints
 
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.parameterizations import Parameterization
+from pp_diffusion.states import StateSpace
 
 if TYPE_CHECKING:
     from pp_diffusion.schedules import Rates
@@ -70,6 +71,15 @@ class Kernel(Frozen):
     @property
     def is_discrete(self) -> bool:
         return bool(self.event_support.is_discrete)
+
+    @property
+    def state_space(self) -> StateSpace:
+        """What :class:`~pp_diffusion.SMC` knows of states: how r is averaged over them, and what steps are drawn from.
+
+        :class:`pp_diffusion.states.Continuous` for normal steps, :class:`pp_diffusion.states.Finite` for entries of
+        finitely many values; both need :meth:`x_0_given`, the second :meth:`reverse_given` too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define state_space")
 
     @property
     def support(self) -> constraints.Constraint:

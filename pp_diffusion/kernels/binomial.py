@@ -15,6 +15,7 @@ from numpyro.distributions import constraints
 
 from pp_diffusion.kernels.base import Kernel, base_of, check_event_shape
 from pp_diffusion.parameterizations import BINOMIAL
+from pp_diffusion.states import Bits
 
 if TYPE_CHECKING:
     from pp_diffusion.schedules import Rates
@@ -49,6 +50,10 @@ class BinomialKernel(Kernel):
         except ValueError:
             raise ValueError(f"probs must broadcast to event_shape {event_shape}; got shape {probs.shape}") from None
         self._set(event_shape=event_shape, probs=probs)
+
+    @property
+    def state_space(self) -> Bits:
+        return Bits(self)
 
     def bernoulli(self, logits: Array) -> dist.Distribution:
         """Independent bits with these logits, kept where both probabilities are positive in floating point."""

@@ -15,6 +15,7 @@ from numpyro.distributions import constraints
 
 from pp_diffusion.kernels.base import Kernel, base_of, check_event_shape
 from pp_diffusion.parameterizations import GAUSSIAN
+from pp_diffusion.states import Continuous
 
 if TYPE_CHECKING:
     from pp_diffusion.schedules import Rates
@@ -46,6 +47,10 @@ class GaussianKernel(Kernel):
     def normal(self, mean: Array, variance: Array) -> dist.Distribution:
         """A diagonal normal distribution over states."""
         return dist.Normal(mean, jnp.sqrt(variance), validate_args=False).to_event(self.event_ndim)
+
+    @property
+    def state_space(self) -> Continuous:
+        return Continuous(self)
 
     def stationary(self) -> dist.Distribution:
         return self.normal(jnp.zeros(self.event_shape), jnp.ones(self.event_shape))

@@ -1,0 +1,105 @@
+"""Metropolis moves of the latents beside x. Arrays have shape ``(P, C, S, …)``: particles, chains, systems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pp_diffusion.matrices import cholesky, einsum
+from pp_diffusion.posterior.factors import Factors, Latents
+from pp_diffusion.posterior.latents import redraw_discrete
+from pp_diffusion.posterior.particles import over_systems
+
+
+class RandomWalk(NamedTuple):
+    """Steps of the continuous latents, normal with the particles' own covariance.
+
+    :ivar root: the Cholesky factor of that covariance, shape ``(C, S, n, n)``.
+    """
+
+    root: Array
+
+    @classmethod
+    def over(cls, latents: Latents) -> RandomWalk:
+        flat = _flatten(latents)
+        centred = flat - flat.mean(0)
+        covariance = einsum("p...i,p...j->...ij", centred, centred) / len(flat)
+        size = flat.shape[-1]
+        floor = 1e-4 * jnp.trace(covariance, axis1=-2, axis2=-1) / size + 1e-8
+        return cls(cholesky(covariance + floor[..., None, None] * jnp.eye(size, dtype=flat.dtype)))
+
+    def propose(self, rng_key: Array, latents: Latents) -> Latents:
+        """A step, at a scale between a tenth of the best one for a normal target and the whole."""
+        scale_key, normal_key = jax.random.split(rng_key)
+        flat = _flatten(latents)
+        scale = 10 ** jax.random.uniform(scale_key, (*flat.shape[:-1], 1), minval=-1.0, maxval=0.0)
+        noise = jax.random.normal(normal_key, flat.shape, flat.dtype)
+        direction = einsum("...ij,p...j->p...i", self.root, noise)
+        return _unflatten(flat + 2.38 / math.sqrt(flat.shape[-1]) * scale * direction, latents)
+
+
+def move(
+    rng_key: Array,
+    factors: Factors,
+    latents: Latents,
+    log_target: Callable[[Latents], Array],
+    log_now: Array,
+    num_moves: int,
+) -> tuple[Latents, Array]:
+    """So many Metropolis moves of the latents, and the share that was accepted, shape ``(C, S)``.
+
+    Continuous latents move by a random walk, discrete ones by new draws of their prior; where there are both, in turn,
+    so many times each.
+
+    :param log_target: the log density that the moves leave invariant.
+    :param log_now: its value at the start.
+    """
+    continuous = {name: u for name, u in latents.items() if jnp.issubdtype(u.dtype, jnp.floating)}
+    has_discrete = len(continuous) < len(latents)
+    walk = RandomWalk.over(continuous) if continuous else None
+    num_moves *= 2 if walk and has_discrete else 1
+
+    def by_walk(key: Array, latents: Latents) -> tuple[Latents, Array]:
+        assert walk is not None
+        moved = walk.propose(key, {name: latents[name] for name in continuous})
+        return {**latents, **moved}, jnp.zeros_like(log_now)
+
+    def by_prior(key: Array, latents: Latents) -> tuple[Latents, Array]:
+        return redraw_discrete(factors, key, latents)
+
+    def propose(i: Array, key: Array, latents: Latents) -> tuple[Latents, Array]:
+        if walk is None:
+            return by_prior(key, latents)
+        if not has_discrete:
+            return by_walk(key, latents)
+        return jax.lax.cond(i % 2 == 0, by_prior, by_walk, key, latents)
+
+    def one(i: Array, carry: tuple[Latents, Array, Array]) -> tuple[Latents, Array, Array]:
+        latents, log_now, accepted = carry
+        draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
+        proposed, log_ratio = propose(i, draw_key, latents)
+        log_new = log_target(proposed)
+        log_accept = jnp.where(jnp.isnan(log_new), -jnp.inf, log_new) - log_now + log_ratio
+        accept = jnp.log(jax.random.uniform(accept_key, log_now.shape)) < log_accept
+        latents = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), proposed, latents)
+        return latents, jnp.where(accept, log_new, log_now), accepted + accept.mean(0)
+
+    start = (latents, log_now, jnp.zeros(log_now.shape[1:]))
+    latents, _, accepted = jax.lax.fori_loop(0, num_moves, one, start)
+    return latents, accepted / num_moves
+
+
+def _flatten(latents: Latents) -> Array:
+    return jnp.concatenate([u.reshape(*u.shape[:3], -1) for u in latents.values()], -1)
+
+
+def _unflatten(flat: Array, like: Latents) -> Latents:
+    sizes = [math.prod(u.shape[3:]) for u in like.values()]
+    pieces = jnp.split(flat, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    return {name: piece.reshape(u.shape) for (name, u), piece in zip(like.items(), pieces, strict=True)}

@@ -1,0 +1,244 @@
+r"""Sequential Monte Carlo along the reverse trajectory, as pure functions: :func:`init`, :func:`step`, :func:`finish`.
+
+The particles follow the paper's composed reverse process (§2.5) under a twist, and weights make up for what it drops.
+With many particles the posterior is exact. At any number :math:`\hat Z` is unbiased for
+:math:`\int p(x)\, r(x)\, dx`, whatever the twist; where other latents are moved, up to a share of the order of one over
+the number of particles, to which the moves' scales adapt.
+
+Arrays of particles have shape ``(P, C, S, …)``: P particles, C chains, S systems (the elements of a plate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pp_diffusion.frozen import Frozen
+from pp_diffusion.posterior import latents as other_latents
+from pp_diffusion.posterior.factors import Exact, Factors, Latents
+from pp_diffusion.posterior.moves import move
+from pp_diffusion.posterior.particles import ess, gather, log_mean, systematic
+from pp_diffusion.posterior.prediction import predict, predict_last, predict_start
+from pp_diffusion.posterior.twists import Twist
+from pp_diffusion.states.space import Guided, Prediction
+
+
+class SMCState(NamedTuple):
+    """Particles at :math:`x_t`; arrays of shape ``(P, C, S, …)``.
+
+    :ivar t: 0…T.
+    :ivar x: states of the model's space.
+    :ivar latents: the other latents, in unconstrained space.
+    :ivar log_weights: since the last resampling, of everything but the twist at ``x``.
+    :ivar log_twist: the twist's value one step earlier, for the evidence so far.
+    :ivar log_evidence: up to the last resampling, shape ``(C, S)``.
+    :ivar lineage: which particle at T each one descends from.
+    :ivar exact: what is observed without noise.
+    :ivar twist_key: the twist's, the same at every step.
+    :ivar rng_key: for the steps to come.
+    """
+
+    t: Array
+    x: Array
+    latents: Latents
+    log_weights: Array
+    log_twist: Array
+    log_evidence: Array
+    lineage: Array
+    exact: Exact
+    twist_key: Array
+    rng_key: Array
+
+
+class SMCInfo(NamedTuple):
+    """What happened at a step; arrays of shape ``(C, S)``.
+
+    :ivar ess: effective sample size of the weights, under the twist at this t.
+    :ivar resampled: whether it was so small that particles were resampled.
+    :ivar num_unguided: particles whose twist was not finite, and counted as the least of the others; at the end, those
+        whose likelihood is NaN or infinite.
+    :ivar moved: whether other latents were moved.
+    :ivar acceptance: the share of these moves that was accepted.
+    """
+
+    ess: Array
+    resampled: Array
+    num_unguided: Array
+    moved: Array
+    acceptance: Array
+
+
+class Sampler(Frozen):
+    """A model's factors, a twist, and the settings: what :func:`init` and :func:`step` work on."""
+
+    data_fields = ("factors",)
+
+    factors: Factors
+    twist: Twist
+    ess_threshold: float
+    num_moves: int
+
+    def __init__(self, factors: Factors, twist: Twist, ess_threshold: float = 0.5, num_moves: int = 5) -> None:
+        twist.check(factors)
+        self._set(factors=factors, twist=twist, ess_threshold=float(ess_threshold), num_moves=num_moves)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.factors.prior.num_timesteps
+
+    @property
+    def moves_latents(self) -> bool:
+        """Whether there are latents to be moved."""
+        return bool(self.factors.latents and self.num_moves)
+
+    def twist_at(self, state: SMCState, prediction: Prediction, latents: Latents) -> Guided:
+        """The twist; where any part of it is not finite, steps are unguided and the twist is NaN."""
+        found = self.twist(self.factors, state.exact, prediction, latents, state.twist_key)
+        fine = jnp.isfinite(found.log_twist) & found.proposal.is_finite
+        return Guided(jnp.where(fine, found.log_twist, jnp.nan), found.proposal.where(fine))
+
+
+def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int = 1) -> SMCState:
+    r"""Particles at :math:`x_T`, and other latents from their prior."""
+    factors, twist = sampler.factors, sampler.twist
+    kernel = factors.prior.kernel
+    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(rng_key, 5)
+    batch = (num_particles, num_chains, factors.num_systems)
+    inner = factors.state_shape[: len(factors.state_shape) - kernel.event_ndim]
+    zeros, numbers = jnp.zeros(batch), jnp.arange(num_particles)[:, None, None]
+    state = SMCState(
+        t=jnp.asarray(sampler.num_timesteps),
+        x=kernel.as_state(kernel.stationary().sample(x_key, (*batch, *inner))),
+        latents=other_latents.draw(factors, latent_key, (num_particles, num_chains)),
+        log_weights=zeros,
+        log_twist=zeros,
+        log_evidence=zeros[0],
+        lineage=jnp.broadcast_to(numbers, batch),
+        exact=factors.exact(),
+        twist_key=twist_key,
+        rng_key=rng_key,
+    )
+    if not twist.starts:
+        return state
+    start = predict_start(factors.process, (*batch, *inner))
+    x, log_weights = sampler.twist_at(state, start, state.latents).proposal.draw(draw_key, state.x.shape)
+    return state._replace(x=kernel.as_state(x), log_weights=log_weights)
+
+
+def step(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo]:
+    r"""From :math:`x_t` to :math:`x_{t-1}`, t >= 2: weigh by the twist, resample where needed, move other latents, and
+    draw; one network call and, for the moment twist, a vector-Jacobian product per observed number."""
+    process = sampler.factors.process
+    rates = process.rates.at(state.t - 1)
+    return _step(sampler, state, lambda x: predict(process, x, rates))
+
+
+def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInfo]:
+    r"""From :math:`x_1` to draws of :math:`x_0`, weighted by r itself, resampled to equal weights.
+
+    The info of the last step, and of the weights of :math:`x_0`. The other latents are moved under r.
+    """
+    factors = sampler.factors
+    state, info = _step(sampler, state, lambda x: predict_last(factors.process, x))
+    reading = factors.read(state.x, state.latents)
+    log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
+    log_weights = state.log_weights + log_r - state.exact.log_det
+    num_bad = (jnp.isnan(log_r) | jnp.isposinf(log_r)).sum(0)  # zero is a likelihood
+    key, move_key, rng_key = jax.random.split(state.rng_key, 3)
+    index = systematic(key, log_weights)
+    x, latents, lineage, log_joint = gather(index, (state.x, state.latents, state.lineage, log_joint))
+    nothing = jnp.zeros(log_weights.shape[1:])
+    end = SMCInfo(ess(log_weights), jnp.ones_like(nothing, bool), num_bad, jnp.zeros_like(nothing, bool), nothing)
+    if sampler.moves_latents:
+
+        def log_target(u: Latents) -> Array:
+            reading = factors.read(x, u)
+            return reading.log_prior + reading.log_r
+
+        latents, acceptance = move(move_key, factors, latents, log_target, log_joint, 4 * sampler.num_moves)
+        end = end._replace(moved=jnp.ones_like(nothing, bool), acceptance=acceptance)
+    state = state._replace(
+        x=x,
+        latents=latents,
+        lineage=lineage,
+        log_weights=log_weights,
+        log_evidence=state.log_evidence + log_mean(log_weights),
+        rng_key=rng_key,
+    )
+    return state, info, end
+
+
+def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction]) -> tuple[SMCState, SMCInfo]:
+    resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
+    found = sampler.twist_at(state, predict_at(state.x), state.latents)
+    is_finite = jnp.isfinite(found.log_twist)
+    # what is not finite counts as the least of what is: one number for all, which no move of a latent can change
+    least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
+    fallback = jnp.where(jnp.isfinite(least), least, 0.0)
+    found = _with_fallback(found, fallback)
+    log_weights = state.log_weights + found.log_twist
+    size = ess(log_weights)
+    needed = size < sampler.ess_threshold * len(log_weights)
+    no_moves = jnp.zeros(needed.shape)
+
+    def resample(parts: Any) -> Any:
+        kept = jnp.arange(len(log_weights))[:, None, None]
+        x, latents, lineage, found = gather(jnp.where(needed, systematic(resample_key, log_weights), kept), parts)
+        if not sampler.moves_latents:
+            return x, latents, lineage, found, no_moves
+        return x, *_move(sampler, state, move_key, predict_at(x), fallback, (latents, lineage, found))
+
+    def keep(parts: Any) -> Any:
+        return *parts, no_moves
+
+    parts = (state.x, state.latents, state.lineage, found)
+    _, latents, lineage, found, acceptance = jax.lax.cond(needed.any(), resample, keep, parts)
+    x, log_ratio = found.proposal.draw(draw_key, state.x.shape)
+    moved = needed.any() & sampler.moves_latents & jnp.ones_like(needed)
+    info = SMCInfo(size, needed, (~is_finite).sum(0), moved, acceptance)
+    state = state._replace(
+        t=state.t - 1,
+        x=x,
+        latents=latents,
+        lineage=lineage,
+        log_weights=jnp.where(needed, 0.0, log_weights) + log_ratio - found.log_twist,
+        log_twist=found.log_twist,
+        log_evidence=state.log_evidence + jnp.where(needed, log_mean(log_weights), 0.0),
+        rng_key=rng_key,
+    )
+    return state, info
+
+
+def _move(
+    sampler: Sampler,
+    state: SMCState,
+    rng_key: Array,
+    prediction: Prediction,
+    fallback: Array,
+    parts: tuple[Latents, Array, Guided],
+) -> tuple[Latents, Array, Guided, Array]:
+    """Moves the latents under twist times prior, at the particles of ``prediction``."""
+    latents, lineage, found = parts
+    factors = sampler.factors
+
+    def guided(u: Latents) -> Guided:
+        return _with_fallback(sampler.twist_at(state, prediction, u), fallback)
+
+    def log_prior(u: Latents) -> Array:
+        return factors.read(prediction.x_0, u).log_prior
+
+    def log_target(u: Latents) -> Array:
+        return guided(u).log_twist + log_prior(u)
+
+    log_now = found.log_twist + log_prior(latents)
+    moved, acceptance = move(rng_key, factors, latents, log_target, log_now, sampler.num_moves)
+    return moved, lineage, guided(moved), acceptance
+
+
+def _with_fallback(found: Guided, fallback: Array) -> Guided:
+    return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, fallback))
