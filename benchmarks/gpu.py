@@ -140,17 +140,18 @@ def _repeated(repeats: int, precision: str) -> Callable[[Any, Any], Any]:
 def cifar10(run: Run) -> list[Row]:
     """Training by the clock, and K of the test images."""
     images, training = run.images, run.training
+    fit = training.fit
     num_test = 16 if run.small else len(images.test)
     num_times = 4 if run.small else 16
     timed = time.perf_counter()
     bound = partial(example.bits_per_dim, num_times=num_times, rows=max(run.chunk // num_times, 1))
-    value, error = bound(jax.random.key(4), training.fit, images.test[:num_test])
+    value, error = bound(jax.random.key(4), fit.diffusion, fit.params, images.test[:num_test])
     took = time.perf_counter() - timed
-    updates = int(training.fit.state.step)
+    updates = int(fit.state.step)
     rate = training_flops(run.how) * run.how.batch_size / training.per_update
     ceiling = run.numbers.get("ceilings", {}).get("bfloat16" if run.how.network.dtype else "float32")
     share = f", {rate / ceiling:.0%} of the matrix product's" if ceiling else ""
-    weights = sum(a.size for a in jax.tree.leaves(training.fit.params))
+    weights = sum(a.size for a in jax.tree.leaves(fit.params))
     run.numbers["cifar10"] = {
         "bits_per_dim": value,
         "error": error,
@@ -200,8 +201,9 @@ def likelihood(run: Run) -> list[Row]:
     timed = time.perf_counter()
     value, error = example.mean_and_error(ppd.units.bits_per_dim(np.asarray(bound(few).value), example.NUM_DIMS))
     took = time.perf_counter() - timed
+    levels = run.images.test[: run.num_few]
     drawn, _ = example.bits_per_dim(
-        jax.random.key(6), fit, run.images.test[: run.num_few], num_times=4 if run.small else 16, rows=run.chunk // 4
+        jax.random.key(6), fit.diffusion, fit.params, levels, num_times=4, rows=run.chunk // 4
     )
     return [
         Row(
@@ -237,8 +239,8 @@ def precision(run: Run) -> list[Row]:
     fit = run.training.fit
     full = script.diffusion(run.how.network.clone(dtype=None, precision="highest"))
     levels = run.images.test[: 2 * run.chunk]
-    bound = partial(example.bits_per_dim, jax.random.key(9), levels=levels, num_times=4, rows=run.chunk // 4)
-    ours, exact = bound(fit)[0], bound(ppd.FitResult(full, fit.params, fit.losses, fit.state))[0]
+    bound = partial(example.bits_per_dim, jax.random.key(9), params=fit.params, levels=levels, num_times=4)
+    ours, exact = (bound(diffusion=d, rows=run.chunk // 4)[0] for d in (fit.diffusion, full))
     return [
         Row(
             f"K in {run.how.network.dtype or 'float32'} inside, less K in float32",

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.tree_util import Partial
 from numpyro.infer import Trace_ELBO
 
 import pp_diffusion as ppd
@@ -113,9 +114,7 @@ def train(
     :param resume: a file to go on from, if it is there, and to write the state to after each call of ``fit``.
     :param after: is told after each call of ``fit``.
     """
-    # arrays that functions close over are then arguments of the compiled program, not 150 MB of its text
-    jax.config.update("jax_use_simplified_jaxpr_constants", True)
-    batches = jax.jit(partial(script.batch, levels=jnp.asarray(levels), size=how.batch_size))
+    batches = Partial(jax.jit(partial(script.batch, size=how.batch_size)), levels=jnp.asarray(levels))
     fits = partial(ppd.fit, jax.random.key(0), script.diffusion(how.network), batches, optimizer=how.optimizer())
     fits = partial(fits, progress_bar=progress)
     started = time.perf_counter()
@@ -175,7 +174,7 @@ def _is_key(array: Any) -> bool:
 
 
 def bits_per_dim(
-    rng_key: Array, fit: ppd.FitResult, levels: Any, *, num_times: int = 16, rows: int = 8
+    rng_key: Array, diffusion: ppd.Diffusion, params: Any, levels: Any, *, num_times: int = 16, rows: int = 8
 ) -> tuple[float, float]:
     """An upper bound on the code length, by K with ``num_times`` steps drawn per image, and its standard error over
     images and draws. Unbiased, as T network calls per image are.
@@ -185,7 +184,7 @@ def bits_per_dim(
     num = len(levels) // rows
     images = jnp.asarray(levels[: num * rows]).reshape(num, rows, *script.SHAPE)
     keys = jax.random.split(rng_key, num)
-    values = np.asarray(_mean_bounds(fit.diffusion, fit.params, images, keys, num_times), np.float64)
+    values = np.asarray(_mean_bounds(diffusion, params, images, keys, num_times), np.float64)
     return mean_and_error(ppd.units.bits_per_dim(values, NUM_DIMS))
 
 
@@ -224,15 +223,17 @@ def run(
     :return: the bound on the code length in bits/dim, its error over the test images, and the training.
     """
     training = train(data.train, how or settings(), minutes, resume=resume, progress=progress)
-    value, error = bits_per_dim(jax.random.key(4), training.fit, data.test[:num_test], num_times=num_times)
+    fit = training.fit
+    test = data.test[:num_test]
+    value, error = bits_per_dim(jax.random.key(4), fit.diffusion, fit.params, test, num_times=num_times)
     print(f"K: at most {value:.3f} ± {error:.3f} bits/dim")
     print_table(
-        f"CIFAR-10, T = {script.T}, {int(training.fit.state.step)} updates in {minutes:.3g} minutes and "
-        f"{training.compile_seconds:.0f} s of compilation; {min(num_test, len(data.test))} test images",
+        f"CIFAR-10, T = {script.T}, {int(fit.state.step)} updates in {minutes:.3g} minutes and "
+        f"{training.compile_seconds:.0f} s of compilation; {len(test)} test images",
         ("bits/dim of code length",),
         [("ours", f"at most {value:.3f} ± {error:.3f}"), *((name, f"at most {bits}") for name, bits in PUBLISHED)],
     )
-    x = sample_images(jax.random.key(5), training.fit.prior, num_samples)
+    x = sample_images(jax.random.key(5), fit.prior, num_samples)
     figure = ppd.plotting.samples(x, data.test / 256, num_columns=math.isqrt(num_samples), title="CIFAR-10")
     save_figure(figure, figures, "cifar10_samples.png")
     return {"bits_per_dim": value, "error": error, "training": training}
@@ -255,7 +256,7 @@ def main() -> None:
 
 SMALL: dict[str, Any] = {
     "minutes": 0.05,
-    "how": Settings(script.sizes(channels=(8, 8), num_blocks=1), batch_size=4, rate=1e-3, warm_up=10),
+    "how": Settings(script.sizes(channels=(8, 8), num_blocks=1), batch_size=8, rate=1e-3, warm_up=10),
     "num_test": 16,
     "num_samples": 4,
 }

@@ -70,8 +70,8 @@ def batch(rng_key, levels, size=32):
 
 if __name__ == "__main__":
     data = ppd.datasets.cifar10("cifar-10-batches-py")
-    jax.config.update("jax_use_simplified_jaxpr_constants", True)  # images are arguments of programs, not text in them
-    fit = ppd.fit(jax.random.key(0), diffusion(), partial(batch, levels=jnp.asarray(data.train)), num_steps=6_000)
+    batches = jax.tree_util.Partial(batch, levels=jnp.asarray(data.train))
+    fit = ppd.fit(jax.random.key(0), diffusion(), batches, num_steps=6_000)
     test = ppd.datasets.dequantize(jax.random.key(1), data.test[:100])
     loss = Trace_ELBO().loss(jax.random.key(2), fit.params, diffusion().bound_model, diffusion().bound_guide, test)
     print(f"K >= {-loss / len(test):.1f} nats; by the program above for one image:")
