@@ -100,7 +100,7 @@ def are_independent(reader: Reader, space: StateSpace, messages: Mapping[str, Me
 
     For each pair of systems there is a digit of their numbers by which one is changed and the other is not.
     """
-    count = reader.systems.count
+    count = reader.systems.number
     numbers = np.arange(count)
     halves = [numbers >> bit & 1 == value for bit in range(count.bit_length()) for value in (0, 1)]
     changed = jnp.asarray(np.stack([which for which in halves if which.any() and not which.all()]))
@@ -132,7 +132,7 @@ def _same_elsewhere(
         state = jax.tree.map(choose, (z, latents))
         # not the sums alone: what is zero, or known exactly, is not in them
         parts = (*reader.read(*state), *reader.shown(*state))
-        return [jnp.nan_to_num(a.astype(float).reshape(systems.count, -1)) for a in parts]
+        return [jnp.nan_to_num(a.astype(float).reshape(systems.number, -1)) for a in parts]
 
     # one after the other, by the same operations
     found = jax.lax.map(read, jnp.concatenate([jnp.zeros_like(changed[:1]), changed]))
@@ -158,7 +158,7 @@ def _changes(reader: Reader, space: StateSpace, rng_key: Array, spread: Array) -
     latents = reader.draw(latent_key)
 
     def elements(z: Array) -> Array:
-        z = z.reshape(reader.systems.count, *reader.systems.state_shape)
+        z = z.reshape(reader.systems.number, *reader.systems.state_shape)
         return reader.read(z, latents).elements
 
     return space.changes(elements, state_key, spread, reader.systems.batch_shape)

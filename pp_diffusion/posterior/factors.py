@@ -76,7 +76,7 @@ class Factors(Frozen):
     # --- what is fixed ---
 
     @property
-    def model(self) -> Callable:
+    def model(self) -> Callable[..., Any]:
         """The user's model."""
         return self.reader.program.model
 
@@ -93,7 +93,7 @@ class Factors(Frozen):
     @property
     def num_systems(self) -> int:
         """S."""
-        return self.reader.systems.count
+        return self.reader.systems.number
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ class Factors(Frozen):
         return self.reader.systems.to_site(x)
 
 
-def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
+def read_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
     """Reads a model's prior site, its other latents and its observations, and refuses what SMC cannot do exactly.
 
     :param model: a NumPyro model with one site ``numpyro.sample(name, prior)``.
@@ -197,7 +197,7 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     make = partial(_reader, program, measured, draws, redraws, sites, depends, kept, space)
     reader = make(_shared_plates(sites, kept, _telling(sites, depends)))
-    if reader.systems.count > 1 and not are_independent(reader, space, sites.messages):
+    if reader.systems.number > 1 and not are_independent(reader, space, sites.messages):
         reader = make([])
     known: dict[str, Array] = {}
     if space.sets_known:
@@ -307,7 +307,7 @@ def _reader(
 
     def site(name: str, message: Message) -> Site:
         kind = sites.kinds[name] if depends.of[name] else Constant(sites.kinds[name])
-        size = math.prod(value_shape(message)) // systems.count
+        size = math.prod(value_shape(message)) // systems.number
         return Site(name, kind, systems.of_site(message, plates), size)
 
     def latent(name: str, message: Message) -> LatentSite:
