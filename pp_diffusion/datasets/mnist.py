@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def mnist(folder: str | Path) -> Dataset:
     :raises FileNotFoundError, ValueError: naming the file that is missing, truncated, or no such file.
     """
     folder = Path(folder)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), 3)
         labels = read_idx(labels_path := _find(folder, f"{prefix}-labels-idx1-ubyte"), 1)
