@@ -216,7 +216,7 @@ def _constants(program: Any) -> Iterator[Any]:
 def full_precision() -> Any:
     """For the user's matrix products, unless the user has chosen: a GPU's default is in error by .05 %, and so would be
     residuals, which are divided by the noise."""
-    chosen = jax.config.read("jax_default_matmul_precision") is not None
+    chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]  # it has all flags
     return nullcontext() if chosen else jax.default_matmul_precision("highest")
 
 
