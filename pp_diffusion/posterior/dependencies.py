@@ -23,10 +23,12 @@ class Dependencies(NamedTuple):
 
     :ivar of: per site, the names of latents, that of x, and :data:`SEED`.
     :ivar dropped: latents whose density depends on x, if only through others.
+    :ivar data: the observed sites whose values depend on nothing.
     """
 
     of: dict[str, frozenset[str]]
     dropped: tuple[str, ...]
+    data: tuple[str, ...]
 
 
 def dependencies(
@@ -55,7 +57,8 @@ def dependencies(
     dropped = {n for n in latents if name in of[n]}
     while more := {n for n in latents if of[n] & dropped} - dropped:
         dropped |= more
-    return Dependencies(of, tuple(n for n in latents if n in dropped))
+    data = tuple(n for n, d in found.observations.items() if not d)
+    return Dependencies(of, tuple(n for n in latents if n in dropped), data)
 
 
 def _is_set(part: Any) -> bool:

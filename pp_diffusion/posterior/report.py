@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -60,7 +60,11 @@ class Run:
             num_particles=self.num_particles,
             plain=plain,
         )
-        self.verdicts: list[Verdict] = judge(self.findings)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each system."""
+        return judge(self.findings)
 
     # --- evidence ----------------------------------------------------------------------------------------------
 
@@ -166,7 +170,8 @@ class Run:
 
     def _evidence_in_words(self) -> str:
         value, error = np.sum(self.log_evidence), np.sqrt(np.sum(np.square(self.log_evidence_error)))
-        spread = f"error unknown: it needs {FEWEST_CHAINS} chains" if np.isnan(error) else f"± {error:.4f}"
+        unknown = f"it needs {FEWEST_CHAINS} chains" if self.num_chains < FEWEST_CHAINS else "particles collapsed"
+        spread = f"error unknown: {unknown}" if np.isnan(error) else f"± {error:.4f}"
         systems = self.log_evidence.size
         whole = f" in all of {systems} systems" if systems > 1 else ""
         return f"log evidence{whole}: {value:.4f} nats ({nats_to_bits(value):.4f} bits), {spread}"
