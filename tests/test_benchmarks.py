@@ -186,9 +186,13 @@ NOTES = {  # of rows that time nothing
 }
 
 
+LONG = [training_step, likelihood, flow, digits, posterior]  # they compile many programs
+
+
 @pytest.mark.parametrize(
     "module",
-    [training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits, posterior],
+    [sampling, naive_numpyro, gradient_variance, precision]
+    + [pytest.param(module, marks=pytest.mark.slow) for module in LONG],
 )
 def test_rows(module, tmp_path):
     if module in (flow, digits):
