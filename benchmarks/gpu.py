@@ -292,9 +292,9 @@ ROWS: dict[str, Callable[[Run], list[Row]]] = {
     "cifar10": cifar10,
     "sampling": sampling_images,
     "likelihood": likelihood,
-    "smc": smc,
-    "mlp": mlp,
     "precision": precision,
+    "mlp": mlp,
+    "smc": smc,
 }
 
 
