@@ -263,8 +263,8 @@ def mlp(run: Run) -> list[Row]:
 def smc(run: Run) -> list[Row]:
     """Posterior and evidence of the 25-mode mixture."""
     problem = mixture.problem(8, 2, 0)
-    row = _as_row(posterior.against_handwritten(problem, 1 if run.small else 3))
-    rows = [row._replace(what="SMC of the mixture, d_x = 8, d_y = 2, 1000 particles: ours / hand-written")]
+    what = f"SMC of the mixture, d_x = 8, d_y = 2, {posterior.NUM_PARTICLES} particles: ours / hand-written"
+    rows = [_as_row(Comparison(what, **posterior.against_handwritten(problem, 1 if run.small else 3)))]
     prior = mixture.mixture_prior(problem.weights, problem.matrix.shape[1])
     for num_particles in (1000,) if run.small else (1000, 65_536):
         sampler = ppd.SMC(posterior.model, num_particles=num_particles, twist="moment", progress_bar=False)
@@ -292,9 +292,9 @@ ROWS: dict[str, Callable[[Run], list[Row]]] = {
     "cifar10": cifar10,
     "sampling": sampling_images,
     "likelihood": likelihood,
-    "smc": smc,
-    "mlp": mlp,
     "precision": precision,
+    "mlp": mlp,
+    "smc": smc,
 }
 
 

@@ -31,7 +31,7 @@ def binarized_mnist(folder: str | Path, *, with_validation: bool = False) -> Dat
 def _read_packed(folder: Path, part: str) -> np.ndarray:
     path = folder / PACKED
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             packed = arrays[part]
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a whole file of packed bits with an array {part!r}: {error}") from error

@@ -22,7 +22,8 @@ def convolve(x: Array, kernel: Array, precision: str | None = None) -> Array:
     :param precision: of the products.
     :return: shape ``(batch, height, width, features)``.
     """
-    return (convolve_by_patches if jax.default_backend() == "cpu" else convolve_by_lax)(x, kernel, precision)
+    by_product = kernel.shape[:2] == (1, 1) or jax.default_backend() == "cpu"
+    return (convolve_by_patches if by_product else convolve_by_lax)(x, kernel, precision)
 
 
 def convolve_by_patches(x: Array, kernel: Array, precision: str | None = None) -> Array:
