@@ -10,6 +10,8 @@ from numpyro.distributions import transforms
 import pp_diffusion as ppd
 from tests.compilations import compilations
 
+pytestmark = pytest.mark.as_users
+
 X = np.random.default_rng(0).normal(size=(20, 2))
 
 
