@@ -114,7 +114,7 @@ def test_without_attention_a_unet_is_convolutional():
 def test_sines_are_the_expected_ones_of_the_data():
     """The input features are E[sin(w x_0) | x_t] under a flat prior."""
     level, x_t = jnp.array([1.5]), jnp.full((1, 1, 1, 1), 0.7)
-    seen = ppd.networks.UNet(frequencies=(0, -1))._inputs(x_t, level)[0, 0, 0, 1:]
+    seen = ppd.networks.UNet(frequencies=(0, -1)).inputs(x_t, level)[0, 0, 0, 1:]
     noise = np.random.default_rng(0).standard_normal(400_000)
     x_0 = 0.7 / np.sqrt(jax.nn.sigmoid(1.5)) + noise * np.exp(-0.75)
     expected = [f(np.pi * 2.0**k * x_0).mean() for k in (0, -1) for f in (np.sin, np.cos)]

@@ -18,6 +18,8 @@ from numpyro.distributions import constraints
 
 import pp_diffusion as ppd
 
+pytestmark = pytest.mark.as_users
+
 
 def _categorical_x0(kernel, x_t, rates, *logits):
     """p(x_{t-1} | x_t) = sum over x_0 of P(x_0 | x_t) q(x_{t-1} | x_t, x_0), entry by entry."""
