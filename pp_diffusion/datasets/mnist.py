@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def mnist(folder: str | Path) -> Dataset:
         them add uniform noise afresh to every batch (:func:`dequantize`).
     :raises FileNotFoundError, ValueError: naming the file that is missing, truncated, or no such file.
     """
-    folder, arrays = Path(folder), {}
+    folder = Path(folder)
+    arrays: dict[str, Any] = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), 3)
         labels = read_idx(labels_path := _find(folder, f"{prefix}-labels-idx1-ubyte"), 1)

@@ -108,6 +108,11 @@ class Kind(Frozen):
         """Whether something is observed there, which a report can show."""
         return True
 
+    @property
+    def has_log_likelihood(self) -> bool:
+        """Whether a report can show its log density, too."""
+        return self.has_values and not self.is_exact
+
     def rule(self, words: Words) -> str:
         """What the moment twist makes of it, in the state space's words."""
         return words.normal if self.is_normal_form else words.averaged

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
+from pp_diffusion.states.entries import Binary
 from pp_diffusion.states.finite import Finite, FiniteKernel
+from pp_diffusion.states.space import BATCH_NDIM
 
 
 class BitsKernel(FiniteKernel, Protocol):
@@ -30,12 +31,17 @@ class Bits(Finite):
     def __init__(self, kernel: BitsKernel) -> None:
         super().__init__(kernel, num_values=2)
 
-    def log_probs(self, distribution: dist.Distribution, shape: tuple[int, ...]) -> Array:
+    def parts(self, distribution: dist.Distribution, shape: tuple[int, ...]) -> Any:
         base: Any = distribution
         while not hasattr(base, "logits"):
             base = base.base_dist
-        logits = jnp.broadcast_to(base.logits, shape)
-        return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], -1)
+        return jnp.broadcast_to(base.logits, shape)
 
-    def distribution(self, logits: Array) -> dist.Distribution:
-        return self.kernel.bernoulli(logits[..., 1] - logits[..., 0])
+    def joined(self, parts: Any) -> dist.Distribution:
+        return self.kernel.bernoulli(parts)
+
+    def entries(self, distribution: dist.Distribution, shape: tuple[int, ...]) -> Binary:
+        return Binary(self.parts(distribution, shape).reshape(*shape[:BATCH_NDIM], -1))
+
+    def distribution(self, entries: Any, shape: tuple[int, ...]) -> dist.Distribution:
+        return self.joined(entries.logits.reshape(shape))
