@@ -174,7 +174,8 @@ class Reader(Frozen):
 
     def origin(self) -> Array:
         """x at the model's origin, in data units and the shape of its site."""
-        return self.systems.to_site(self.in_data_units(jnp.zeros((self.systems.count, *self.systems.state_shape))))
+        systems = self.systems
+        return systems.to_site(self.in_data_units(jnp.zeros((systems.count, *systems.state_shape), systems.dtype)))
 
     def draw(self, rng_key: Array) -> Latents:
         """The latents from their prior."""
@@ -199,7 +200,7 @@ class Reader(Frozen):
     def read(self, z: Array, latents: Latents) -> Reading:
         """The densities at states and latents of systems."""
         found = self.measure_states(z, latents)
-        systems, dtype = self.systems.count, z.dtype
+        systems, dtype = self.systems.count, jnp.result_type(float)  # states may be integers
         zero, empty = jnp.zeros(systems, dtype), jnp.zeros((systems, 0), dtype)
         log_prior = sum(self.log_priors(found).values(), start=zero)
         log_r, log_other, correction = zero, zero, zero

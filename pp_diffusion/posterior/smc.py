@@ -230,7 +230,7 @@ def _move(
         return _with_fallback(sampler.twist_at(state, prediction, u), fallback)
 
     def log_prior(u: Latents) -> Array:
-        return factors.read(prediction.x_0, u).log_prior
+        return factors.read(prediction.x_t, u).log_prior  # which depends on no state
 
     def log_target(u: Latents) -> Array:
         return guided(u).log_twist + log_prior(u)
