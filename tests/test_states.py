@@ -103,7 +103,7 @@ def custom(prediction, log_r):
 def test_the_posterior_of_three_states(model, size, twist, rule):
     """Evidence and posterior against enumeration, within their error over chains."""
     y = 2.0
-    smc = ppd.SMC(model, num_particles=500, num_chains=60, twist=twist, progress_bar=False)
+    smc = ppd.SMC(model, num_particles=400, num_chains=50, twist=twist, progress_bar=False)
     smc.run(KEY, y, size)
     _, states, log_p = prior(size)
     joint = np.exp(log_p) * R[model](y, states)
@@ -118,7 +118,8 @@ def test_the_posterior_of_three_states(model, size, twist, rule):
     # how often each entry has each value, weighted as the chains are
     exact = np.array([joint[states[:, i] == k].sum() / joint.sum() for k in range(3) for i in range(size)])
     shares = np.stack([(x[..., i] == k).mean(1) for k in range(3) for i in range(size)], -1)
-    assert (np.abs(z_score(ratios[:, None] * (shares - exact), 0.0)) < Z).all()
+    often = exact > 0.01  # z-scores of what is seldom seen are none
+    assert (np.abs(z_score(ratios[:, None] * (shares - exact), 0.0)) < Z)[often].all()
 
 
 def test_what_a_step_says_of_x_0_and_back():

@@ -73,7 +73,7 @@ class SMC:
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         num_particles: int,
         twist: Any = None,
@@ -150,6 +150,11 @@ class SMC:
         return _plain(self._done.log_evidence)
 
     @property
+    def log_evidences(self) -> np.ndarray:
+        """The log of each chain's estimate, nats, shape ``(num_chains, *systems)``."""
+        return self._done.log_evidences
+
+    @property
     def log_evidence_error(self) -> Any:
         """Its standard error, nats, by the spread of the chains, so scaled that ±2 of it cover 95 % (Student's t). NaN
         with fewer than 8 chains, and where the run collapsed."""
@@ -171,6 +176,16 @@ class SMC:
         """Effective sample size of the weights at t = T…0, shape ``(T + 1, num_chains, *systems)``; the last is that of
         the draws of x."""
         return self._done.ess
+
+    @property
+    def state(self) -> SMCState:
+        """The particles at t = 0, of equal weights; ``log_weights`` are those of before the last resampling."""
+        return self._done.state
+
+    @property
+    def infos(self) -> SMCInfo:
+        """What happened at t = 0…T; arrays of shape ``(T + 1, num_chains, number of systems)``."""
+        return self._done.infos
 
     @property
     def twist_rules(self) -> dict[str, str]:

@@ -23,10 +23,12 @@ class Dependencies(NamedTuple):
 
     :ivar of: per site, the names of latents, that of x, and :data:`SEED`.
     :ivar dropped: latents whose density depends on x, if only through others.
+    :ivar data: the observed sites whose values depend on nothing.
     """
 
     of: dict[str, frozenset[str]]
     dropped: tuple[str, ...]
+    data: tuple[str, ...]
 
 
 def dependencies(
@@ -55,7 +57,8 @@ def dependencies(
     dropped = {n for n in latents if name in of[n]}
     while more := {n for n in latents if of[n] & dropped} - dropped:
         dropped |= more
-    return Dependencies(of, tuple(n for n in latents if n in dropped))
+    data = tuple(n for n, d in found.observations.items() if not d)
+    return Dependencies(of, tuple(n for n in latents if n in dropped), data)
 
 
 def _is_set(part: Any) -> bool:
@@ -97,7 +100,7 @@ def are_independent(reader: Reader, space: StateSpace, messages: Mapping[str, Me
 
     For each pair of systems there is a digit of their numbers by which one is changed and the other is not.
     """
-    count = reader.systems.count
+    count = reader.systems.number
     numbers = np.arange(count)
     halves = [numbers >> bit & 1 == value for bit in range(count.bit_length()) for value in (0, 1)]
     changed = jnp.asarray(np.stack([which for which in halves if which.any() and not which.all()]))
@@ -129,7 +132,7 @@ def _same_elsewhere(
         state = jax.tree.map(choose, (z, latents))
         # not the sums alone: what is zero, or known exactly, is not in them
         parts = (*reader.read(*state), *reader.shown(*state))
-        return [jnp.nan_to_num(a.astype(float).reshape(systems.count, -1)) for a in parts]
+        return [jnp.nan_to_num(a.astype(float).reshape(systems.number, -1)) for a in parts]
 
     # one after the other, by the same operations
     found = jax.lax.map(read, jnp.concatenate([jnp.zeros_like(changed[:1]), changed]))
@@ -155,7 +158,7 @@ def _changes(reader: Reader, space: StateSpace, rng_key: Array, spread: Array) -
     latents = reader.draw(latent_key)
 
     def elements(z: Array) -> Array:
-        z = z.reshape(reader.systems.count, *reader.systems.state_shape)
+        z = z.reshape(reader.systems.number, *reader.systems.state_shape)
         return reader.read(z, latents).elements
 
     return space.changes(elements, state_key, spread, reader.systems.batch_shape)

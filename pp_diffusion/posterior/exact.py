@@ -37,7 +37,7 @@ def known_values(reader: Reader, where: dict[str, Array]) -> Exact:
     :param where: per site, the coordinates.
     """
     systems = reader.systems
-    count, size = systems.count, systems.state_size
+    count, size = systems.number, systems.state_size
     none = jnp.zeros((count, 0))
     if not where:
         return Exact(none.astype(int), none, none.astype(bool), none.sum(-1))
@@ -71,14 +71,14 @@ def known_places(reader: Reader, prior: DiffusionPrior, name: str) -> dict[str, 
     if not sites:
         return {}
     systems = reader.systems
-    size = systems.count * systems.state_size
+    size = systems.number * systems.state_size
     positions = np.arange(size, dtype=np.float32)
     other = np.random.default_rng(0).uniform(size=size).astype(np.float32)
     shape = jnp.shape(reader.origin())
     first, second = (_shown(reader, jnp.asarray(values.reshape(shape))) for values in (positions, other))
-    where = systems.layout.split(positions.reshape(shape)).reshape(systems.count, -1).astype(int)
+    where = systems.layout.split(positions.reshape(shape)).reshape(systems.number, -1).astype(int)
     place = np.empty(size, int)  # from a position in x to one in its system
-    place[np.asarray(where).ravel()] = np.tile(np.arange(where.shape[1]), systems.count)
+    place[np.asarray(where).ravel()] = np.tile(np.arange(where.shape[1]), systems.number)
     known = {}
     for site in sites:
         n = site.name
@@ -93,7 +93,7 @@ def known_places(reader: Reader, prior: DiffusionPrior, name: str) -> dict[str, 
                 "as x[..., known]; for other functions of x use a Normal with a small scale"
             )
         _check_values(n, parts[0], prior, name)
-        known[n] = jnp.asarray(place[np.asarray(site.layout.split(index)).reshape(systems.count, -1).astype(int)])
+        known[n] = jnp.asarray(place[np.asarray(site.layout.split(index)).reshape(systems.number, -1).astype(int)])
     for row in np.concatenate([*known.values()], -1):
         if len(set(row)) < len(row):
             raise ValueError(f"site {in_words(known)} observes a coordinate of {name!r} twice")

@@ -7,6 +7,7 @@ traced from there on. Arrays of particles have shape ``(P, C, S, …)``: P parti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import refusals
 from pp_diffusion.posterior.dependencies import Dependencies, are_independent, dependencies, owners
 from pp_diffusion.posterior.exact import Exact, known_places, known_values
-from pp_diffusion.posterior.messages import Message, base_of, is_fixed, lies_in, value_of
+from pp_diffusion.posterior.messages import Message, base_of, is_fixed, lies_in, value_shape
 from pp_diffusion.posterior.program import (
     SEED,
     Latents,
@@ -75,7 +76,7 @@ class Factors(Frozen):
     # --- what is fixed ---
 
     @property
-    def model(self) -> Callable:
+    def model(self) -> Callable[..., Any]:
         """The user's model."""
         return self.reader.program.model
 
@@ -92,7 +93,7 @@ class Factors(Frozen):
     @property
     def num_systems(self) -> int:
         """S."""
-        return self.reader.systems.count
+        return self.reader.systems.number
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -165,7 +166,7 @@ class Factors(Frozen):
         return self.reader.systems.to_site(x)
 
 
-def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
+def read_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Factors:
     """Reads a model's prior site, its other latents and its observations, and refuses what SMC cannot do exactly.
 
     :param model: a NumPyro model with one site ``numpyro.sample(name, prior)``.
@@ -182,6 +183,10 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     space = sites.prior.kernel.state_space
     program, measured = trace_with_arrays(model, args, kwargs, partial(_trace_measure, sites))
     depends = _dependencies(program, measured, sites, space)
+    data = {n: m for n, m in sites.observed.items() if n in depends.data}
+    refusals.check_observed(data)
+    # exact observations of x have its support besides
+    refusals.check_missing({n: m for n, m in data.items() if not (space.sets_known and sites.kinds[n].is_exact)})
     kept = {n: m for n, m in sites.latents.items() if n not in depends.dropped}
     refusals.check_latents(kept, sites.messages)
     draws = Traced(partial(_draw, tuple(kept)), program, jax.random.key(0)) if kept else None
@@ -192,7 +197,7 @@ def read_model(model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     make = partial(_reader, program, measured, draws, redraws, sites, depends, kept, space)
     reader = make(_shared_plates(sites, kept, _telling(sites, depends)))
-    if reader.systems.count > 1 and not are_independent(reader, space, sites.messages):
+    if reader.systems.number > 1 and not are_independent(reader, space, sites.messages):
         reader = make([])
     known: dict[str, Array] = {}
     if space.sets_known:
@@ -302,7 +307,7 @@ def _reader(
 
     def site(name: str, message: Message) -> Site:
         kind = sites.kinds[name] if depends.of[name] else Constant(sites.kinds[name])
-        size = value_of(message).size // systems.count
+        size = math.prod(value_shape(message)) // systems.number
         return Site(name, kind, systems.of_site(message, plates), size)
 
     def latent(name: str, message: Message) -> LatentSite:

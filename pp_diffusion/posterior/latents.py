@@ -27,7 +27,7 @@ def redraw_discrete(factors: Factors, rng_key: Array, latents: Latents) -> tuple
 
     def log_prob(u: Latents) -> Array:
         found = reader.log_priors(reader.measure(x, reader.join(u)))
-        return sum((found[name] for name in discrete), start=jnp.zeros(reader.systems.count))
+        return sum((found[name] for name in discrete), start=jnp.zeros(reader.systems.number))
 
     def redraw(key: Array, u: Latents) -> tuple[Latents, Array]:
         new = reader.redraw_discrete(key, u)

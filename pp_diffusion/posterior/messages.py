@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions.transforms import Transform
@@ -76,10 +77,14 @@ def log_prob_of(message: Message) -> Array:
     return log_prob if message["scale"] is None else log_prob * message["scale"]
 
 
+def value_shape(message: Message) -> tuple[int, ...]:
+    """The shape in which an observed value is compared: one number may be observed of many."""
+    return np.broadcast_shapes(np.shape(message["value"]), message["fn"].shape())
+
+
 def value_of(message: Message) -> Array:
-    """An observed value, in the shape that it is compared in: one number may be observed of many."""
-    value = jnp.asarray(message["value"])
-    return jnp.broadcast_to(value, jnp.broadcast_shapes(value.shape, message["fn"].shape()))
+    """An observed value, of that shape."""
+    return jnp.broadcast_to(jnp.asarray(message["value"]), value_shape(message))
 
 
 def weights_of(message: Message) -> Array:
@@ -91,10 +96,10 @@ def weights_of(message: Message) -> Array:
 
 
 def entry_weights_of(message: Message) -> Array:
-    """The same for each entry of the value, for a base whose log density is one number per event."""
+    """The same for each entry of the value, for a base whose log density may be one number per event."""
     weights = weights_of(message)
     weights = weights.reshape(weights.shape + (1,) * base_of(message).event_dim)
-    return jnp.broadcast_to(weights, value_of(message).shape)
+    return jnp.broadcast_to(weights, value_shape(message))
 
 
 def in_words(names: Iterable[str]) -> str:

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax import Array
 
+from pp_diffusion.chain import sample_chain
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Factors
 from pp_diffusion.posterior.particles import ess, log_mean
 from pp_diffusion.posterior.verdicts import Plain
-from pp_diffusion.trajectories import sample_chain
 
 
 def plain_evidence(rng_key: Array, factors: Factors, num_draws: int) -> Plain | None:

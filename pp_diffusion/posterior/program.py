@@ -52,13 +52,17 @@ class Program(Frozen):
 
     data_fields = ("arrays",)
 
-    model: Callable
+    model: Callable[..., Any]
     arrays: tuple[Any, ...]
     static: tuple[Any, ...]
     structure: Any
 
     def __init__(
-        self, model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: frozenset[int] = frozenset()
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        known: frozenset[int] = frozenset(),
     ) -> None:
         leaves, structure = jax.tree.flatten((args, dict(kwargs)))
         given = {i for i, leaf in enumerate(leaves) if _is_array(leaf)} - known
@@ -80,7 +84,7 @@ class Program(Frozen):
 
 
 def trace_model(
-    model: Callable,
+    model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     x: Array | None = None,
@@ -96,7 +100,7 @@ def trace_model(
 
 
 def trace_with_arrays(
-    model: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: Callable[[Program], Traced]
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: Callable[[Program], Traced]
 ) -> tuple[Program, Traced]:
     """The program with as many of its arguments as leaves as the model lets be, and a function of it.
 
@@ -150,7 +154,7 @@ class Traced(Frozen):
     in_tree: Any
     out_tree: Any
 
-    def __init__(self, function: Callable, *args: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         self._set(jaxpr=_Jaxpr(jaxpr), in_tree=jax.tree.structure(args), out_tree=jax.tree.structure(shapes))
 
@@ -212,7 +216,7 @@ def _constants(program: Any) -> Iterator[Any]:
 def full_precision() -> Any:
     """For the user's matrix products, unless the user has chosen: a GPU's default is in error by .05 %, and so would be
     residuals, which are divided by the noise."""
-    chosen = jax.config.jax_default_matmul_precision is not None
+    chosen = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]  # it has all flags
     return nullcontext() if chosen else jax.default_matmul_precision("highest")
 
 
@@ -232,7 +236,7 @@ def unconstrained(message: Message) -> Array:
 class _Fill(Messenger):
     """Puts x at the prior's site and values at the latent sites."""
 
-    def __init__(self, fn: Callable, x: Array | None, latents: Latents) -> None:
+    def __init__(self, fn: Callable[..., Any], x: Array | None, latents: Latents) -> None:
         self.x, self.latents = x, latents
         self.log_det: dict[str, Array] = {}
         super().__init__(fn)

@@ -163,7 +163,7 @@ class Reader(Frozen):
     def shown(self, z: Array, latents: Latents) -> list[Array]:
         """What exact observations show of x."""
         found = self.measure_states(z, latents).sites
-        parts = [site.split(found[site.name], self.systems.count).exact for site in self.observed]
+        parts = [site.split(found[site.name], self.systems.number).exact for site in self.observed]
         return [part.shown for part in parts if part is not None]
 
     @property
@@ -175,7 +175,7 @@ class Reader(Frozen):
     def origin(self) -> Array:
         """x at the model's origin, in data units and the shape of its site."""
         systems = self.systems
-        return systems.to_site(self.in_data_units(jnp.zeros((systems.count, *systems.state_shape), systems.dtype)))
+        return systems.to_site(self.in_data_units(jnp.zeros((systems.number, *systems.state_shape), systems.dtype)))
 
     def draw(self, rng_key: Array) -> Latents:
         """The latents from their prior."""
@@ -191,7 +191,7 @@ class Reader(Frozen):
 
     def log_priors(self, found: Measured) -> dict[str, Array]:
         """Each latent's log density per system, shape ``(S,)``."""
-        systems = self.systems.count
+        systems = self.systems.number
         return {
             site.name: site.layout.split(found.log_priors[site.name]).reshape(systems, -1).sum(-1)
             for site in self.latents
@@ -200,11 +200,12 @@ class Reader(Frozen):
     def read(self, z: Array, latents: Latents) -> Reading:
         """The densities at states and latents of systems."""
         found = self.measure_states(z, latents)
-        systems, dtype = self.systems.count, jnp.result_type(float)  # states may be integers
+        systems, dtype = self.systems.number, jnp.result_type(float)  # states may be integers
         zero, empty = jnp.zeros(systems, dtype), jnp.zeros((systems, 0), dtype)
         log_prior = sum(self.log_priors(found).values(), start=zero)
         log_r, log_other, correction = zero, zero, zero
-        residuals, noises, discrepancies, elements = [empty], [empty], [empty], [empty]
+        residuals, noises, discrepancies = [empty], [empty], [empty]
+        elements: list[Array | None] = [empty]
         for site in self.observed:
             part, kind = site.split(found.sites[site.name], systems), site.kind
             if kind.is_exact and self.sets_known:

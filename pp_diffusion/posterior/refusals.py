@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from pp_diffusion.posterior.messages import Message, base_of, bijector, in_words, is_fixed, unwrap
+from pp_diffusion.posterior.messages import (
+    Message,
+    base_of,
+    bijector,
+    entry_weights_of,
+    in_words,
+    is_fixed,
+    unwrap,
+    value_shape,
+)
 from pp_diffusion.posterior.program import SEED
 from pp_diffusion.posterior.sites import Site
 from pp_diffusion.prior import DiffusionPrior
@@ -70,6 +80,27 @@ def check_dependencies(name: str, telling: Iterable[str], depends: Depends, drop
             )
     if not any(name in depends[site] for site in telling):
         raise ValueError(f"model must have an observed site (or a factor) that depends on the prior's site {name!r}")
+
+
+def check_observed(data: Mapping[str, Message]) -> None:
+    """Values that are observed have their distribution's shape, or are one for many."""
+    for site, m in data.items():
+        shape, of_fn, whole = np.shape(m["value"]), m["fn"].shape(), value_shape(m)
+        if whole != of_fn and (m["cond_indep_stack"] or whole != shape):
+            raise ValueError(
+                f"site {site!r}: values of shape {shape} are observed of a distribution of shape {of_fn}, which makes "
+                f"{math.prod(whole)} numbers of shape {whole}: give both one shape, or state the plate that is missing"
+            )
+
+
+def check_missing(data: Mapping[str, Message]) -> None:
+    """None of them is NaN."""
+    for site, m in data.items():
+        missing = np.isnan(np.asarray(m["value"], np.float64))
+        if missing.any() and (missing & (np.asarray(entry_weights_of(m)) > 0)).any():
+            raise ValueError(
+                f"site {site!r}: an observed value is NaN; mask what is missing, by obs_mask or handlers.mask, say"
+            )
 
 
 def check_latents(kept: Mapping[str, Message], messages: Mapping[str, Message]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -60,7 +60,11 @@ class Run:
             num_particles=self.num_particles,
             plain=plain,
         )
-        self.verdicts: list[Verdict] = judge(self.findings)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each system."""
+        return judge(self.findings)
 
     # --- evidence ----------------------------------------------------------------------------------------------
 
@@ -144,7 +148,9 @@ class Run:
         infos, many = self.infos, math.prod(self.shape)
         final, least = infos.ess[0], infos.ess.min(0)
         found = "; ".join(f"{name}: {rule}" for name, rule in self.rules.items())
-        ancestors = [len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(self.num_particles, -1).T]
+        ancestors = [
+            len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(self.num_particles, -1).T
+        ]
         lines = [
             self._evidence_in_words(),
             f"{self.num_particles} particles in {many} system{'s' if many > 1 else ''}; effective at the end: "
@@ -164,7 +170,8 @@ class Run:
 
     def _evidence_in_words(self) -> str:
         value, error = np.sum(self.log_evidence), np.sqrt(np.sum(np.square(self.log_evidence_error)))
-        spread = f"error unknown: it needs {FEWEST_CHAINS} chains" if np.isnan(error) else f"± {error:.4f}"
+        unknown = f"it needs {FEWEST_CHAINS} chains" if self.num_chains < FEWEST_CHAINS else "particles collapsed"
+        spread = f"error unknown: {unknown}" if np.isnan(error) else f"± {error:.4f}"
         systems = self.log_evidence.size
         whole = f" in all of {systems} systems" if systems > 1 else ""
         return f"log evidence{whole}: {value:.4f} nats ({nats_to_bits(value):.4f} bits), {spread}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import ArrayLike
 
 from pp_diffusion.posterior.messages import Message, base_of
 
@@ -23,9 +24,9 @@ class Layout(NamedTuple):
     axes: tuple[int, ...]
     batch_ndim: int
 
-    def split(self, value: Array) -> Array:
+    def split(self, value: ArrayLike) -> Array:
         """``(*batch, *rest)`` to ``(S, *other batch axes, *rest)``."""
-        value = jnp.moveaxis(value, [self.batch_ndim + axis for axis in self.axes], range(len(self.axes)))
+        value = jnp.moveaxis(jnp.asarray(value), [self.batch_ndim + axis for axis in self.axes], range(len(self.axes)))
         return value.reshape(-1, *value.shape[len(self.axes) :])
 
     def join(self, value: Array, sizes: tuple[int, ...]) -> Array:
@@ -55,14 +56,14 @@ class Systems(NamedTuple):
     dtype: Any
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """S."""
         return math.prod(self.shape)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Of the kernel's events: the systems, and the axes of one system's state in front of an event."""
-        return (self.count, *self.state_shape[: len(self.state_shape) - self.event_ndim])
+        return (self.number, *self.state_shape[: len(self.state_shape) - self.event_ndim])
 
     @property
     def state_size(self) -> int:

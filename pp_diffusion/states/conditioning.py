@@ -73,11 +73,11 @@ def condition(
         log_of_other, of_other = value_and_gradient(log_other, outlook.m)
         log_value += log_of_other
         gradient = power * jnp.where(jnp.isfinite(of_other), of_other, 0.0)
-    if rows.count == 0:
+    if rows.number == 0:
         return Guided(log_value, outlook.shifted(jnp.zeros_like(outlook.m) if gradient is None else gradient))
     S = None
-    if rows.count > most_rows:
-        if not fit_coordinates(rows.count, r.num_known, flattened(outlook.m).shape[-1], most_rows):
+    if rows.number > most_rows:
+        if not fit_coordinates(rows.number, r.num_known, flattened(outlook.m).shape[-1], most_rows):
             log_density, S, proposal = by_gradients(outlook, rows, gradient)
             return Guided(log_value + log_density + restored(observed, S), proposal)
         rows, log_left, S = in_coordinates(outlook, rows, r.num_known)
@@ -111,7 +111,7 @@ def observe(outlook: Outlook, r: Likelihood, power: Array | float) -> Observed:
 
 def update(outlook: Outlook, rows: Rows) -> tuple[Update, Array]:
     """S = H C H' + E, and log N(e; 0, S)."""
-    K, batch = rows.count, rows.e.shape[:-1]
+    K, batch = rows.number, rows.e.shape[:-1]
 
     def flat(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(K, *batch, -1), 0, -2)

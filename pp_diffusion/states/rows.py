@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     pull: Callable[[Array], Array]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return int(self.e.shape[-1])
 
 
@@ -54,7 +54,7 @@ def in_coordinates(outlook: Outlook, rows: Rows, num_known: int) -> tuple[Rows, 
     Also what is left of the log density, which depends on the residuals alone, and the K variances.
     """
     shape = outlook.m.shape
-    size, num_noisy = math.prod(shape[BATCH_NDIM:]), rows.count - num_known
+    size, num_noisy = math.prod(shape[BATCH_NDIM:]), rows.number - num_known
     basis = jnp.eye(size, dtype=rows.E.dtype).reshape(size, *(1,) * BATCH_NDIM, *shape[BATCH_NDIM:])
     _, push = jax.linearize(rows.h, outlook.m)
     H = jax.vmap(push)(jnp.broadcast_to(basis, (size, *shape)))  # its columns
@@ -105,7 +105,7 @@ def _variances(variance: Array, rows: Rows, push: Callable[[Array], Array]) -> t
     signs = jax.random.rademacher(keys[0], (NUM_PROBES, *variance.shape[BATCH_NDIM:]), variance.dtype)[ones]
     S = rows.E + (jax.vmap(push)(signs * jnp.sqrt(variance)) ** 2).mean(0)
     # of each coordinate's variance, what its rows explain if each of them did so by itself
-    signs = jax.random.rademacher(keys[1], (NUM_PROBES, rows.count), variance.dtype)[ones]
+    signs = jax.random.rademacher(keys[1], (NUM_PROBES, rows.number), variance.dtype)[ones]
     explained = jax.vmap(rows.pull)(signs / jnp.sqrt(S)) ** 2 * variance
     low, share, high = explained.min(0), explained.mean(0), explained.max(0)
     # the signs do not matter to a single row; several may say the same, and too narrow a step is worse than a wide one
