@@ -76,7 +76,7 @@ class UniformCategorical(ppd.Kernel):
         return _categorical_x0(self, x_t, rates, *jnp.moveaxis(logits, -1, 0))
 
     def x_0_given(self, x_t, reverse, rates):
-        """q(x_{t-1} | x_t, x_0) is (a [x_{t-1} = x_0] + (1 - a)/3) b(x_{t-1}) / c(x_0), a mixture that can be undone."""
+        """q(x_{t-1} | x_t, x_0) is (a [x_{t-1} = x_0] + (1 - a)/3) b(x_{t-1}) / c(x_0), which can be undone."""
         erased = self.over_events(rates.previous_erased)[..., None]
         b, mixing = jnp.exp(self._mix(x_t, rates.beta)), erased / self.num_states
         c = (1 - erased) * b + mixing * b.sum(-1, keepdims=True)
