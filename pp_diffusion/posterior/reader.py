@@ -154,7 +154,7 @@ class Reader(Frozen):
     def measure(self, x: Array, latents: Latents) -> Measured:
         """What the model says at x and latents in the shapes of their sites; latents that are not given are zero."""
         given = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.shapes} | latents
-        return self.traced(self.program, x, given, jax.random.key(0))
+        return self.traced(self.program, x.astype(self.systems.dtype), given, jax.random.key(0))
 
     def measure_states(self, z: Array, latents: Latents) -> Measured:
         """The same at states and latents of systems."""
