@@ -10,6 +10,7 @@ from pp_diffusion.bounds import lower_bound as lower_bound
 from pp_diffusion.checkpoint import load as load
 from pp_diffusion.checkpoint import save as save
 from pp_diffusion.diffusion import Diffusion as Diffusion
+from pp_diffusion.divergence import Hutchinson as Hutchinson
 from pp_diffusion.entropies import EntropyBounds as EntropyBounds
 from pp_diffusion.entropies import ReverseEntropy as ReverseEntropy
 from pp_diffusion.entropies import entropy_bounds as entropy_bounds
@@ -17,6 +18,9 @@ from pp_diffusion.entropies import reverse_entropy as reverse_entropy
 from pp_diffusion.fit import FitResult as FitResult
 from pp_diffusion.fit import NonFiniteLossError as NonFiniteLossError
 from pp_diffusion.fit import fit as fit
+from pp_diffusion.flow import DiffusionFlow as DiffusionFlow
+from pp_diffusion.flow import FlowCheck as FlowCheck
+from pp_diffusion.flow_reparam import FlowReparam as FlowReparam
 from pp_diffusion.kernels import BinomialKernel as BinomialKernel
 from pp_diffusion.kernels import GaussianKernel as GaussianKernel
 from pp_diffusion.kernels import Kernel as Kernel

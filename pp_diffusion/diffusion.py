@@ -18,6 +18,8 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from pp_diffusion.checks import check_precision, positive_int
+from pp_diffusion.divergence import Hutchinson
+from pp_diffusion.flow import DiffusionFlow
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.prior import DiffusionPrior
@@ -362,6 +364,24 @@ class Diffusion(Frozen):
             context_event_dim=context_event_dim,
             validate_args=validate_args,
         )
+
+    def flow(
+        self,
+        params: dict[str, Any] | None = None,
+        *,
+        context: Any = None,
+        num_steps: int = 10,
+        solver: Any = None,
+        trace: Hutchinson | None = None,
+        context_event_dim: int | None = None,
+        validate_args: bool | None = None,
+    ) -> DiffusionFlow:
+        """The same network as a deterministic map from N(0, I), with a density: see :class:`~pp_diffusion.DiffusionFlow`.
+
+        ``params``, ``context`` and ``context_event_dim`` are those of :meth:`prior`, the others those of the flow.
+        """
+        prior = self.prior(params, context=context, context_event_dim=context_event_dim)
+        return DiffusionFlow(prior, num_steps=num_steps, solver=solver, trace=trace, validate_args=validate_args)
 
     # --- data --------------------------------------------------------------------------------------------------
 
