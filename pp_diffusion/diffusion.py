@@ -370,13 +370,13 @@ class Diffusion(Frozen):
         params: dict[str, Any] | None = None,
         *,
         context: Any = None,
-        num_steps: int = 10,
+        num_steps: int = 16,
         solver: Any = None,
         trace: Hutchinson | None = None,
         context_event_dim: int | None = None,
         validate_args: bool | None = None,
     ) -> DiffusionFlow:
-        """The same network as a deterministic map from N(0, I), with a density: see :class:`~pp_diffusion.DiffusionFlow`.
+        """The same network as a deterministic map from N(0, I) with a density, a :class:`~pp_diffusion.DiffusionFlow`.
 
         ``params``, ``context`` and ``context_event_dim`` are those of :meth:`prior`, the others those of the flow.
         """

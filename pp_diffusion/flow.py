@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -104,7 +103,7 @@ class DiffusionFlow(dist.Distribution):
         self,
         prior: DiffusionPrior,
         *,
-        num_steps: int = 10,
+        num_steps: int = 16,
         solver: Any = None,
         trace: Hutchinson | None = None,
         validate_args: bool | None = None,

@@ -12,10 +12,10 @@ forms (those of DDIM, for :math:`x / \sqrt{1 - \bar\alpha}`) have, because their
 large terms.
 
 **The ends.** At the first level that the network describes, of noise variance :math:`v = e^{-\lambda_1}` beside the
-data, the score is held as it is there, and v goes to 0 in one step more (:math:`dx/dv = -\tfrac12 \nabla \log p_v`); the
-error of log p is of the order of :math:`v^2` over the fourth power of the data's finest scale. At the last level that
-is finite (:math:`\beta_T = 1` has none) :math:`x \sim N(\alpha E[x_0], 1)`, with :math:`E[x_0]` as the network tells it
-at T, of which the error is of the order of :math:`\bar\alpha\, |Cov(x_0) - 1|`.
+data, the score is held as it is there, and v goes to 0 in one step more, :math:`dx/dv = -\tfrac12 \nabla \log p_v`;
+log p is then wrong by :math:`v^2` over the fourth power of the data's finest scale. At the last level that is finite
+(:math:`\beta_T = 1` has none) :math:`x \sim N(\alpha E[x_0], 1)`, with :math:`E[x_0]` as the network tells it at T;
+log p is then wrong by about :math:`\bar\alpha\, |\operatorname{Cov}(x_0) - 1|`.
 """
 
 from __future__ import annotations

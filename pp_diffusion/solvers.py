@@ -42,14 +42,14 @@ class RungeKutta(NamedTuple):
         """
         if isinstance(solver, cls):
             return solver
-        tableau = getattr(solver, "tableau", None)
-        if not (hasattr(tableau, "a_lower") and hasattr(tableau, "b_sol")) or hasattr(tableau, "a_diagonal"):
+        tableau: Any = getattr(solver, "tableau", None)
+        if not hasattr(tableau, "b_sol") or getattr(tableau, "a_diagonal", None) is not None:
             raise TypeError(
-                "solver must be a pp_diffusion.solvers.RungeKutta or an explicit Runge-Kutta method of diffrax, such as "
-                f"diffrax.Heun(); got {solver!r}"
+                "solver must be a pp_diffusion.solvers.RungeKutta or an explicit Runge-Kutta method of diffrax, such "
+                f"as diffrax.Heun(); got {solver!r}"
             )
         weights = [float(b) for b in tableau.b_sol]
-        stages = [(), *(tuple(float(a) for a in row) for row in tableau.a_lower)]
+        stages: list[tuple[float, ...]] = [(), *(tuple(float(a) for a in row) for row in tableau.a_lower)]
         while not weights[-1]:  # a stage that only the next step uses
             weights, stages = weights[:-1], stages[:-1]
         return cls(tuple(weights), tuple(stages))

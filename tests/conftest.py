@@ -14,7 +14,7 @@ from jax._src import compiler  # no public setting reaches every compilation of 
 LIGHT = (
     *("bad_input", "bounds", "checkpoint", "fit", "models", "networks", "plotting", "prior", "programs", "readme"),
     *("trajectories", "transforms", "likelihood", "arviz", "entropies", "exact_verdicts", "perturb", "reparam"),
-    *("factors", "smc", "smc_models", "benchmarks", "context", "datasets", "precision"),
+    *("factors", "smc", "smc_models", "benchmarks", "context", "datasets", "precision", "flow", "flow_numpyro"),
 )
 
 
