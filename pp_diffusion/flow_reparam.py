@@ -63,7 +63,7 @@ class FlowReparam(Reparam):
             noise = numpyro.sample(f"{name}_noise", standard_normal)
         if any(site.get("scale") is not None for site in trace.values()):
             raise ValueError(
-                f"site {name!r} is scaled, by handlers.scale or a subsampled plate, which FlowReparam does not support, "
-                "because a power of the noise's density is not that power of x's. Leave the site as it is"
+                f"site {name!r} is scaled (handlers.scale, a subsampled plate), which FlowReparam does not support: "
+                "a power of the noise's density is not that power of x's. Leave the site as it is"
             )
         return None, flow.from_noise(noise)

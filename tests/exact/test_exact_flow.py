@@ -45,7 +45,9 @@ def test_orders_of_the_solvers(solver, order):
 
     def end(solver, num):
         at = np.arange(num) / num
-        return getattr(solvers, solver).solve(lambda x, t, kind: jnp.cos(3 * t) - x**2, 1.0, at, np.full(num, 1 / num), at)
+        return getattr(solvers, solver).solve(
+            lambda x, t, kind: jnp.cos(3 * t) - x**2, 1.0, at, np.full(num, 1 / num), at
+        )
 
     with enable_x64():
         truth = end("TSIT5", 400)
@@ -71,7 +73,9 @@ def test_full_erasure_takes_the_mean_that_the_network_tells():
     far = Mixture([1.0], [[4.0, -3.0]], [[1.0, 1.0]])
     flow = far.diffusion(ppd.FixedSchedule.constant_erasure(20)).flow({}, num_steps=10)
     x = far.sample(1, 100)
-    assert np.abs(flow.log_prob(jnp.asarray(x)) - far.log_prob(x)).max() < 1e-2  # measured 5e-3, of the first level; 2.2 where x_19 ~ N(0, 1)
+    assert (
+        np.abs(flow.log_prob(jnp.asarray(x)) - far.log_prob(x)).max() < 1e-2
+    )  # measured 5e-3, of the first level; 2.2 where x_19 ~ N(0, 1)
 
 
 def test_interpolation_between_trained_steps():
