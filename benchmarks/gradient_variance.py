@@ -19,8 +19,7 @@ from jax import Array
 import pp_diffusion as ppd
 from benchmarks.setting import BATCH, swiss_roll
 from benchmarks.timing import Row
-from pp_diffusion.diffusion import draw_steps, stratified_times
-from pp_diffusion.trajectories import fixed_terms, step_cost
+from pp_diffusion.objectives import draw_steps, fixed_terms, step_cost, stratified_times
 
 Times = Literal["importance", "uniform", "one for the batch"]
 LastStep = Literal["kernel", "network"]

@@ -12,7 +12,7 @@ import pp_diffusion as ppd
 from benchmarks.reference import handwritten
 from benchmarks.setting import as_weights, chain, diffusion, swiss_roll
 from benchmarks.timing import Row, Sides, memory, not_run, on_gpu, paired
-from pp_diffusion.likelihood import weights_of_rows
+from pp_diffusion.weights import weights_of_rows
 
 NUM_DATA, CHUNK = 64, 4096
 
@@ -44,7 +44,7 @@ def against_handwritten(train: Array, num_timesteps: int, num_trajectories: int,
         f"log p of {NUM_DATA} points, T = {num_timesteps}, {num_trajectories} trajectories: ours / hand-written scan",
         **timed,
         memory=Sides(
-            memory(weights_of_rows, prior, x, None, key, min(num_trajectories, CHUNK // NUM_DATA)),
+            memory(weights_of_rows, prior, x, key, min(num_trajectories, CHUNK // NUM_DATA)),
             memory(handwritten.log_weights, key, weights, constants, z, num_trajectories),
         ),
         note=f"{1e6 * per_call:.2f} µs per network call",

@@ -224,7 +224,7 @@ def by_hand(
     prior: ppd.DiffusionPrior, y: np.ndarray, matrix: np.ndarray, covariance: np.ndarray
 ) -> tuple[handwritten_smc.Network, handwritten_smc.Chain, handwritten_smc.Measurement]:
     """A prior of direct parameterization, without context, and y = matrix x + noise as the reference takes them."""
-    transform = prior.diffusion.transform
+    transform = prior.transform
     loc, scale = (0.0, 1.0) if transform is None else (np.asarray(transform.loc), np.asarray(transform.scale))
     rates = prior.process.rates  # not from rounded log-SNRs: x_0 is what cancellation leaves of the network's mean
     chain = handwritten_smc.Chain(

@@ -83,8 +83,8 @@ def by_hand(problem: mixture.Problem, prior: ppd.DiffusionPrior, number: int) ->
     parts = mixture.by_hand(prior, problem.y, problem.matrix, covariance)
     result = handwritten_smc.run(key, *parts, NUM_PARTICLES)
     z = handwritten_smc.equally_weighted(jax.random.fold_in(key, 1), result)
-    assert prior.diffusion.transform is not None
-    return float(result.log_evidence), np.asarray(prior.diffusion.transform(z))
+    assert prior.transform is not None
+    return float(result.log_evidence), np.asarray(prior.transform(z))
 
 
 def by_weighted_draws(problem: mixture.Problem, prior: ppd.DiffusionPrior, number: int) -> Draws:

@@ -68,7 +68,7 @@ def twist(prior: ppd.DiffusionPrior, task: Task, y: Any) -> Callable:
     From the model's space to levels it is anything but linear, and a Jacobian for all pixels at every particle would
     cost more than particles do.
     """
-    transform = prior.diffusion.transform
+    transform = prior.transform
 
     def log_twist(prediction: Any, log_r: Callable) -> jax.Array:
         levels = transform(prediction.x_0[..., None] + jnp.sqrt(prediction.variance)[..., None] * NODES)

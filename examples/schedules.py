@@ -76,7 +76,7 @@ def run(
     def row(name: str, objective: str, trained: list[Trained]) -> tuple[str, ...]:
         values = [one.gap for one in trained]
         value, error = mean_and_error(values) if len(values) > 1 else (values[0], float("nan"))
-        label = name if trained[0].prior.diffusion.num_timesteps == SHORT else f"{name}, T={LONG}"
+        label = name if trained[0].prior.num_timesteps == SHORT else f"{name}, T={LONG}"
         results[label if objective == "bound" else objective] = value, error
         rates, seconds = trained[0].prior.process.rates, float(np.median([one.seconds for one in trained]))
         cells = (f"{float(rates.beta[0]):.2g}", objective, f"{len(values)}", f"{seconds:.1f}")

@@ -130,7 +130,7 @@ def twist(prior: ppd.DiffusionPrior, y: Any) -> Callable:
     Without it particles follow predictions that are not to be relied upon yet. The default twist would need a
     covariance of all counts for each particle and move.
     """
-    shares = jnp.asarray(prior.diffusion.transform.scale_tril[OBSERVED] ** 2)  # the transform is linear
+    shares = jnp.asarray(prior.transform.scale_tril[OBSERVED] ** 2)  # the transform is linear
 
     def log_twist(prediction: Any, log_r: Callable) -> jax.Array:
         variance = prediction.variance @ shares.T

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm.auto import tqdm
 
-from pp_diffusion.checks import positive_int
+from pp_diffusion.checks import check_key, positive_int
 from pp_diffusion.frozen import Frozen
-from pp_diffusion.prior import DiffusionPrior, as_rows
+from pp_diffusion.kernels import Kernel
+from pp_diffusion.objectives import fixed_terms, step_cost, stream_log_ratios
+from pp_diffusion.prior import DiffusionPrior, check_prior
 from pp_diffusion.reverse import ReverseProcess
-from pp_diffusion.trajectories import fixed_terms, step_cost, stream_log_ratios
-from pp_diffusion.transforms import log_abs_det
+from pp_diffusion.rows import as_rows, map_rows
 from pp_diffusion.units import nats_to_bits
 
 Estimator = Literal["analytic", "log_ratio"]
@@ -95,31 +95,16 @@ def lower_bound(
         >>> bound.value.shape, bound.kl_per_step.shape
         ((2,), (2, 10))
     """
-    if not isinstance(prior, DiffusionPrior):
-        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
-    diffusion = prior.diffusion
-    estimator = _choose_estimator(estimator, diffusion.kernel.is_discrete)
+    check_prior(prior)
+    check_key(rng_key)
+    estimator = _choose_estimator(estimator, prior.kernel)
     num_samples, chunk_size = positive_int("num_samples", num_samples), positive_int("chunk_size", chunk_size)
-    x = diffusion.check_data(x)
-    rows, contexts, batch_shape = as_rows(prior, x)
-    num_rows = len(rows)
-    chunk_size = min(chunk_size, num_rows)
-    starts = range(0, num_rows, chunk_size)
-    keys = jax.random.split(rng_key, len(starts))
-    parts = []
-    for key, start in zip(keys, tqdm(starts, desc="lower bound", disable=not progress_bar), strict=True):
-        # every chunk has the same shape, so that one compilation serves all
-        index = np.minimum(np.arange(start, start + chunk_size), num_rows - 1)
-        chunk_context = jax.tree.map(lambda c, i=index: c[i], contexts)
-        part = _bound_of_rows(prior, rows[index], chunk_context, key, estimator, num_samples)
-        parts.append(jax.tree.map(lambda a, n=num_rows - start: a[:n], part))
-    flat = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-    if num_samples == 1:
-        flat["std_error"] = np.full(num_rows, np.nan, flat["std_error"].dtype)
-    return LowerBound(**{k: v.reshape(batch_shape + v.shape[1:]) for k, v in flat.items()})
+    fn = partial(_bound_of_rows, estimator=estimator, num_samples=num_samples)
+    progress = "lower bound" if progress_bar else None
+    return LowerBound(**map_rows(prior, prior.space.check(x), rng_key, fn, chunk_size, progress))
 
 
-class Bound(Frozen):
+class Bound(Frozen, saved_as="Bound"):
     """``diffusion.prior(params, log_prob=Bound(rng_key))``: log_prob is an estimate of the bound K.
 
     A deterministic and differentiable function of the array x: the same noise is used at every call, and each row has
@@ -139,32 +124,28 @@ class Bound(Frozen):
 
     def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
         """K of ``x`` under ``prior``, nats."""
-        prior.diffusion.check_shape(x, "value")
-        rows, contexts, batch_shape = as_rows(prior, prior.diffusion.kernel.as_state(x))
-        estimator = _choose_estimator(None, prior.diffusion.kernel.is_discrete)
-        out = _bound_of_rows(prior, rows, contexts, self.rng_key, estimator, self.num_samples)
-        return out["value"].reshape(batch_shape)
+        prior.space.check_shape(x, "value")
+        prior, rows, batch_shape = as_rows(prior, prior.kernel.as_state(x))
+        estimator = _choose_estimator(None, prior.kernel)
+        return _bound_of_rows(prior, rows, self.rng_key, estimator, self.num_samples)["value"].reshape(batch_shape)
 
 
-def _choose_estimator(estimator: Estimator | None, is_discrete: bool) -> Estimator:
+def _choose_estimator(estimator: Estimator | None, kernel: Kernel) -> Estimator:
     if estimator not in (None, "analytic", "log_ratio"):
         raise ValueError(f"estimator must be 'analytic', 'log_ratio' or None; got {estimator!r}")
-    if is_discrete and estimator == "log_ratio":
+    if kernel.is_discrete and estimator == "log_ratio":
         raise ValueError("estimator must be 'analytic' for a discrete kernel: log ratios miss rare flips")
-    return estimator or ("analytic" if is_discrete else "log_ratio")
+    return estimator or ("analytic" if kernel.is_discrete else "log_ratio")
 
 
 @partial(jax.jit, static_argnames=("estimator", "num_samples"))
 def _bound_of_rows(
-    prior: DiffusionPrior, x: Array, context: Any, rng_key: Array, estimator: Estimator, num_samples: int
+    prior: DiffusionPrior, x: Array, rng_key: Array, estimator: Estimator, num_samples: int
 ) -> dict[str, Array]:
-    diffusion = prior.diffusion
-    process = diffusion.reverse_process(
-        prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps
-    )
-    z = diffusion.to_model_space(x)
-    jacobian = log_abs_det(diffusion.transform, z, x, diffusion.kernel.event_ndim)
-    prior_kl = diffusion.kernel.prior_kl(z, process.rates.at(-1).log_snr)
+    process, space = prior.process, prior.space
+    z = space.to_model(x)
+    jacobian = space.log_abs_det(z, x)
+    prior_kl = process.kernel.prior_kl(z, process.rates.at(-1).log_snr)
     one = _by_kl if estimator == "analytic" else _by_log_ratio
 
     def add(totals: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], None]:
@@ -182,8 +163,8 @@ def _bound_of_rows(
     error = jnp.sqrt(jnp.maximum(spread, 0) / max(num_samples - 1, 1) / num_samples)
     return {
         "value": value - jacobian,
-        "std_error": error,
-        "null": diffusion.kernel.null_log_prob(z) - jacobian,
+        "std_error": error if num_samples > 1 else jnp.full_like(error, jnp.nan),
+        "null": space.null_log_prob(z) - jacobian,
         "kl_per_step": jnp.moveaxis(steps, 0, -1),
         "prior_kl": prior_kl,
         "log_abs_det": jacobian,

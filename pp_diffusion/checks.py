@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -13,6 +17,45 @@ def positive_int(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     return int(value)
+
+
+def check_key(rng_key: Any, name: str = "rng_key") -> None:
+    """Refuses what is no single JAX random key.
+
+    :raises TypeError: naming the argument.
+    """
+    dtype = getattr(rng_key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or np.ndim(rng_key) != 1):
+        came = f"{rng_key!r}" if rng_key is None or isinstance(rng_key, int) else type(rng_key).__name__
+        raise TypeError(f"{name} must be a JAX random key, such as jax.random.key(0); got {came}")
+    if typed and np.ndim(rng_key):
+        raise TypeError(f"{name} must be a single JAX random key; got {np.shape(rng_key)} of them")
+
+
+def check_numbers(values: np.ndarray, name: str) -> None:
+    """Refuses arrays of anything but numbers.
+
+    :raises TypeError: naming the argument.
+    """
+    if values.dtype.kind not in "biuf" and values.dtype != jnp.bfloat16:
+        raise TypeError(f"{name} must hold numbers; got dtype {values.dtype}")
+
+
+def check_complete(values: Any, name: str, advice: str = "") -> None:
+    """Refuses values that are missing: masked ones of ``numpy.ma``, NaN and infinity.
+
+    :raises ValueError: naming the argument.
+    """
+    array = np.asarray(values)
+    for kind, missing in (
+        ("masked", np.ma.getmaskarray(values) if np.ma.isMaskedArray(values) else None),
+        ("NaN or infinite", ~np.isfinite(array)),
+    ):
+        if missing is not None and missing.any():
+            count = np.count_nonzero(missing)
+            text = f"{name} must be finite; {count} of {missing.size} values are {kind}"
+            raise ValueError(f"{text}. {advice}" if advice else text)
 
 
 def check_precision(values: np.ndarray, states: np.ndarray, event_ndim: int, name: str) -> None:
@@ -47,11 +90,38 @@ def check_not_constant(data: np.ndarray, name: str = "data") -> None:
         )
 
 
-def name_columns(mask: np.ndarray) -> str:
-    """The True coordinates of an event, in words; at most eight of them."""
+def find_ties(data: np.ndarray, most_rows: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Columns whose values occur again and again, and in each column the share of rows whose value another one has.
+
+    An atom is a value that a twentieth of the rows have; or half of them share values on a grid that is coarse beside
+    the spread, a fiftieth of it. Few rows tell nothing.
+
+    :param data: shape ``(N, *event_shape)``.
+    :param most_rows: how many are looked at.
+    """
+    rows = data[np.linspace(0, len(data) - 1, min(len(data), most_rows)).astype(int)]
+    count, sd = len(rows), rows.std(0)
+    rows = np.sort(rows, axis=0)
+    new = np.diff(rows, axis=0, prepend=np.nan) != 0  # where a run of equal values begins
+    starts = np.maximum.accumulate(np.where(new, np.arange(count).reshape(-1, *[1] * (data.ndim - 1)), 0), axis=0)
+    longest = (np.arange(count).reshape(-1, *[1] * (data.ndim - 1)) - starts).max(0) + 1
+    alone = new & np.concatenate([new[1:], np.ones_like(new[:1])])
+    shares, distinct = 1 - alone.mean(0), new.sum(0)
+    gap = np.divide(rows[-1] - rows[0], distinct - 1, out=np.zeros_like(sd), where=distinct > 1)
+    atoms = (longest >= 5) & (longest >= 0.05 * count)
+    return atoms | ((count >= 20) & (shares >= 0.5) & (gap >= 0.02 * sd)), shares
+
+
+def name_columns(mask: np.ndarray, shares: np.ndarray | None = None) -> str:
+    """The True coordinates of an event, in words; at most eight of them.
+
+    :param shares: a share of the rows for each, to be told too.
+    """
+    percent = np.vectorize(lambda share: f" ({100 * share:.0f} % of the rows)")
+    told = percent(shares) if shares is not None else np.full(np.shape(mask), "")
     if not np.ndim(mask):
-        return "the only coordinate"
+        return f"the only coordinate{told}"
     index = np.argwhere(mask)
-    names = [str(i[0]) if mask.ndim == 1 else str(tuple(map(int, i))) for i in index[:8]]
+    names = [(str(i[0]) if mask.ndim == 1 else str(tuple(map(int, i)))) + str(told[tuple(i)]) for i in index[:8]]
     more = f" and {len(index) - 8} more" if len(index) > 8 else ""
     return f"column{'s' if len(index) > 1 else ''} {', '.join(names)}{more}"

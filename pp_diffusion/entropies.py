@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm.auto import tqdm
 
-from pp_diffusion.checks import positive_int
-from pp_diffusion.prior import DiffusionPrior, as_rows
+from pp_diffusion.checks import check_key, positive_int
+from pp_diffusion.prior import DiffusionPrior, check_prior
+from pp_diffusion.rows import as_rows, each_chunk
+from pp_diffusion.schedules import Rates
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +102,14 @@ def entropy_bounds(prior: DiffusionPrior, data: Any = None) -> EntropyBounds:
         >>> print(bounds.lower.round(3), bounds.upper.round(3))
         [ -inf 0.199 1.318] [0.535 1.228 2.145]
     """
-    kernel, rates = _kernel_and_rates(prior)
+    check_prior(prior)
+    process = prior.process
     if data is None:
-        lower, upper = kernel.entropy_bounds(rates, None)
-        return EntropyBounds(np.asarray(lower), np.asarray(upper), math.nan)
-    rows, _, _ = as_rows(prior, prior.diffusion.check_data(data, "data"))
-    lower, upper, slack = _bounds_of(prior, rows)
+        lower, upper, slack = *process.kernel.entropy_bounds(process.rates, None), math.nan
+    else:
+        _, rows, _ = as_rows(prior, prior.space.check(data, "data"))
+        lower, upper, slack = _bounds_of(prior, rows)
+    lower, upper = process.last_step.entropy_bounds(process.kernel, lower, upper)
     return EntropyBounds(np.asarray(lower), np.asarray(upper), float(slack))
 
 
@@ -138,54 +141,42 @@ def reverse_entropy(
         >>> ppd.reverse_entropy(jax.random.key(0), prior, jnp.zeros((10, 2))).value.shape
         (3,)
     """
-    _kernel_and_rates(prior)
+    check_prior(prior)
+    check_key(rng_key)
     chunk_size = positive_int("chunk_size", chunk_size)
-    rows, contexts, _ = as_rows(prior, prior.diffusion.check_data(x))
-    chunk_size = min(chunk_size, len(rows))
-    starts = range(0, len(rows), chunk_size)
-    keys = jax.random.split(rng_key, len(starts))
+    prior, rows, _ = as_rows(prior, prior.space.check(x))
     total = np.zeros((2, prior.num_timesteps))
     origin = None  # the first chunk's means: squares about them do not cancel
-    for key, start in zip(keys, tqdm(starts, desc="entropies", disable=not progress_bar), strict=True):
-        index = np.minimum(np.arange(start, start + chunk_size), len(rows) - 1)
-        context = jax.tree.map(lambda c, i=index: c[i], contexts)
-        part = np.asarray(_entropies_of_rows(prior, rows[index], context, key), np.float64)[:, : len(rows) - start]
-        origin = part.mean(1, keepdims=True) if origin is None else origin
-        total += [(part - origin).sum(1), ((part - origin) ** 2).sum(1)]
+    for part in each_chunk(prior, rows, rng_key, _entropies_of_rows, chunk_size, "entropies" if progress_bar else None):
+        part = np.asarray(part, np.float64)
+        origin = part.mean(0) if origin is None else origin
+        total += [(part - origin).sum(0), ((part - origin) ** 2).sum(0)]
     assert origin is not None
     count, shift = len(rows), total[0] / len(rows)
     spread = np.maximum(total[1] - count * shift**2, 0) / (count - 1) if count > 1 else np.full_like(shift, np.nan)
-    return ReverseEntropy(origin[:, 0] + shift, np.sqrt(spread / count))
-
-
-def _kernel_and_rates(prior: DiffusionPrior) -> tuple[Any, Any]:
-    if not isinstance(prior, DiffusionPrior):
-        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
-    return prior.process.kernel, prior.process.rates
+    return ReverseEntropy(origin + shift, np.sqrt(spread / count))
 
 
 @jax.jit
 def _bounds_of(prior: DiffusionPrior, rows: Array) -> tuple[Array, Array, Array]:
-    kernel, rates = _kernel_and_rates(prior)
-    z = prior.diffusion.to_model_space(rows)
-    return *kernel.entropy_bounds(rates, z), kernel.entropy_slack(z)
+    z = prior.space.to_model(rows)
+    lower, upper = prior.kernel.entropy_bounds(prior.process.rates, z)
+    return lower, upper, prior.kernel.entropy_slack(z)
 
 
 @jax.jit
-def _entropies_of_rows(prior: DiffusionPrior, x: Array, context: Any, rng_key: Array) -> Array:
-    process = prior.diffusion.reverse_process(
-        prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps
-    )
-    kernel, z = process.kernel, prior.diffusion.to_model_space(x)
+def _entropies_of_rows(prior: DiffusionPrior, x: Array, rng_key: Array) -> Array:
+    """Of each step, shape ``(N, T)``."""
+    process, kernel, z = prior.process, prior.kernel, prior.space.to_model(x)
 
-    def draw(key: Array, rates: Any) -> Array:
+    def draw(key: Array, rates: Rates) -> Array:
         return kernel.as_state(kernel.marginal(z, rates.log_snr).sample(key))
 
-    def step(_: None, at: tuple[Array, Any]) -> tuple[None, Array]:
+    def step(_: None, at: tuple[Array, Rates]) -> tuple[None, Array]:
         key, rates = at
         return None, kernel.entropy(process(draw(key, rates), rates))
 
     keys = jax.random.split(rng_key, process.num_timesteps)
-    last = kernel.entropy(process.last(draw(keys[0], process.rates.at(0))))
+    last = process.last_step.entropy(kernel, process.last(draw(keys[0], process.rates.at(0))))
     _, others = jax.lax.scan(step, None, (keys[1:], process.rates.at(slice(1, None))))
-    return jnp.concatenate([last[None], others])
+    return jnp.concatenate([last[None], others]).T

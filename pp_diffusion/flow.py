@@ -18,7 +18,6 @@ from pp_diffusion.divergence import ExactDivergence, Hutchinson
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.probability_flow import ProbabilityFlow
 from pp_diffusion.solvers import TSIT5, RungeKutta
-from pp_diffusion.transforms import log_abs_det
 
 #: The largest event whose density is exact unless asked otherwise.
 MOST_EXACT = 128
@@ -90,7 +89,7 @@ class DiffusionFlow(dist.Distribution):
         True
     """
 
-    arg_constraints: ClassVar[dict] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("prior", "trace")
     pytree_aux_fields = ("num_steps", "solver")
 
@@ -115,6 +114,8 @@ class DiffusionFlow(dist.Distribution):
                 f"kernel must be continuous: a {type(prior.kernel).__name__} has no flow, because its states are "
                 "discrete. Use the prior itself, with pp_diffusion.SMC, lower_bound or estimate_log_prob"
             )
+        if prior.space.is_discrete:
+            raise ValueError("last_step must not be 'discretized' for a flow: its data have probabilities, no density")
         process = prior.process
         if process.num_timesteps <= process.first_network_step:
             raise ValueError("num_timesteps must be at least 2 where the last step is the kernel's: no network is left")
@@ -210,20 +211,20 @@ class DiffusionFlow(dist.Distribution):
 @jax.jit
 def _from_noise(flow: DiffusionFlow, noise: Array) -> Array:
     x = flow.ode.from_noise(flow._with_batch(noise))
-    return x if flow.transform is None else flow.transform(x)
+    return flow.prior.space.to_data(x)
 
 
 @jax.jit
 def _to_noise(flow: DiffusionFlow, x: Array) -> Array:
     x = flow._with_batch(x)
-    return flow.ode.to_noise(x if flow.transform is None else flow.transform._inverse(x))
+    return flow.ode.to_noise(flow.prior.space.to_model(x))
 
 
 @jax.jit
 def _log_prob(flow: DiffusionFlow, x: Array) -> Array:
     x = flow._with_batch(x)
-    z = x if flow.transform is None else flow.transform._inverse(x)
-    return flow.ode.log_prob(z) - log_abs_det(flow.transform, z, x, len(flow.event_shape))
+    z = flow.prior.space.to_model(x)
+    return flow.ode.log_prob(z) - flow.prior.space.log_abs_det(z, x)
 
 
 @jax.jit

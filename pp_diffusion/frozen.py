@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import numpy as np
+
+#: The parts that a saved file can name, by the name that it gives them.
+SAVED: dict[str, type[Frozen]] = {}
 
 
 class Frozen:
@@ -14,12 +18,16 @@ class Frozen:
     Attributes named in :attr:`data_fields` hold arrays (or pytrees of arrays) and are the leaves of the pytree;
     all others are static and must be hashable. Two parts of equal values are equal and have the same hash, so
     that a part can be a static argument of :func:`jax.jit` as well as a traced one.
+
+    A class defined with ``saved_as="Name"`` has an entry in saved files.
     """
 
     data_fields: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, saved_as: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if saved_as is not None:
+            SAVED[saved_as] = cls
         jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, flatten_func=cls._flatten)
 
     def _set(self, **attributes: Any) -> None:
@@ -39,9 +47,14 @@ class Frozen:
         return tuple(zip(map(jax.tree_util.GetAttrKey, self.data_fields), data, strict=True)), static
 
     @classmethod
-    def _unflatten(cls, static: tuple[tuple[str, Any], ...], data: tuple[Any, ...]) -> Self:
+    def _unflatten(cls, static: tuple[tuple[str, Any], ...], data: Iterable[Any]) -> Self:
+        return cls.of(**dict(static), **dict(zip(cls.data_fields, data, strict=True)))
+
+    @classmethod
+    def of(cls, **attributes: Any) -> Self:
+        """The object with these attributes, as they are: nothing is checked."""
         self = object.__new__(cls)  # not __init__: under transformations the leaves are placeholders
-        self._set(**dict(static), **dict(zip(cls.data_fields, data, strict=True)))
+        self._set(**attributes)
         return self
 
     def replace(self, **changes: Any) -> Self:
@@ -51,24 +64,24 @@ class Frozen:
         """
         if unknown := set(changes) - set(self.__dict__):
             raise AttributeError(f"{type(self).__name__} has no {', '.join(map(repr, sorted(unknown)))}")
-        new = object.__new__(type(self))  # not __init__: the others have been checked
-        new._set(**{**self.__dict__, **changes})
-        return new
-
-    def _value(self) -> tuple[Any, ...]:
-        leaves, structure = jax.tree.flatten(self)
-        arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
-        return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
+        return self.of(**{**self.__dict__, **changes})
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(self) is type(other) and self._value() == other._value())  # type: ignore[attr-defined]
+        return self is other or (type(self) is type(other) and value_of(self) == value_of(other))
 
     def __hash__(self) -> int:
-        return hash(self._value())
+        return hash(value_of(self))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={_short(v)}" for k, v in self.__dict__.items() if not k.startswith("_"))
         return f"{type(self).__name__}({shown})"
+
+
+def value_of(tree: Any) -> tuple[Any, ...]:
+    """What makes two pytrees equal: their structure, and their arrays bit by bit. Hashable."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+    return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
 
 
 def is_key(leaf: Any) -> bool:

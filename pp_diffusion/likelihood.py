@@ -7,27 +7,21 @@ resampling along the way: near the optimum a weight telescopes only at its end.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm.auto import tqdm
 
 from pp_diffusion import inference_data
-from pp_diffusion.bounds import lower_bound
-from pp_diffusion.checks import positive_int
-from pp_diffusion.frozen import Frozen
-from pp_diffusion.prior import DiffusionPrior, as_rows
-from pp_diffusion.trajectories import log_weight
-from pp_diffusion.transforms import log_abs_det
+from pp_diffusion.checks import check_key, positive_int
+from pp_diffusion.frozen import is_key
+from pp_diffusion.prior import DiffusionPrior, check_prior
+from pp_diffusion.rows import as_rows
 from pp_diffusion.units import nats_to_bits
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from pp_diffusion.weights import BoundOfBits, Trajectories
 
 MAX_PARETO_K = 0.7  # from here on, no error can be stated (Vehtari et al. 2024)
 BELIEVABLE_PARETO_K = 0.5  # from here on, the weights' variance is infinite
@@ -70,8 +64,8 @@ class LogProbEstimate:
     bound: np.ndarray
     bound_std_error: np.ndarray
     log_weights: np.ndarray = field(repr=False)
-    _bound: _Bound = field(repr=False)
-    _source: _Source = field(repr=False)
+    _bound: BoundOfBits = field(repr=False)
+    _source: Trajectories = field(repr=False)
     _keys: tuple[np.ndarray, ...] = field(repr=False)
 
     @property
@@ -151,7 +145,7 @@ class LogProbEstimate:
         names = ("datum", "log p", "error", "in bits", "ESS", "k-hat", "K", "log p - K")
         print("".join(f"{name:>11}" for name in names) + "  verdict")
         for row in shown:
-            cells = "".join(f"{_plain(number, '.4g'):>11}" for number in table[row])
+            cells = "".join(f"{_in_digits(number, '.4g'):>11}" for number in table[row])
             print(f"{row:>11}{cells}  {verdict[row]}")
         if len(shown) < len(rows):
             print(f"{'':>7}(the {len(shown)} of {len(rows)} data with the largest k-hat)")
@@ -162,8 +156,8 @@ class LogProbEstimate:
             ("log p - K", self.gap, of_one),
         ):
             mean, error = float(values.mean()), _error_over_data(values) if values.size > 1 else float(own.item())
-            bits = f"{nats_to_bits(mean):.4f} ± {_plain(nats_to_bits(error), '.4f')} bits"
-            print(f"mean {label}: {mean:.4f} ± {_plain(error, '.4f')} nats, {bits}")
+            bits = f"{nats_to_bits(mean):.4f} ± {_in_digits(nats_to_bits(error), '.4f')} bits"
+            print(f"mean {label}: {mean:.4f} ± {_in_digits(error, '.4f')} nats, {bits}")
         print(self._in_words())
 
     def _in_words(self) -> str:
@@ -274,59 +268,6 @@ class LogProbEstimate:
         return draws.reshape(self.log_weights.shape)
 
 
-class _Bound(NamedTuple):
-    """K of discrete data, where the log weights do not tell it: its standard error, and of how many samples it is the
-    mean."""
-
-    value: np.ndarray
-    std_error: np.ndarray
-    num_samples: int
-
-    def with_more(self, other: _Bound) -> _Bound:
-        total = self.num_samples + other.num_samples
-        mine, its = self.num_samples / total, other.num_samples / total
-        error = np.hypot(mine * self.std_error, its * other.std_error)
-        return _Bound(mine * self.value + its * other.value, error, total)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What further trajectories are drawn from."""
-
-    prior: DiffusionPrior
-    x: np.ndarray
-    chunk_size: int
-
-    def draw(self, rng_key: Array, num_trajectories: int, progress_bar: bool) -> tuple[np.ndarray, _Bound | None]:
-        """Log weights of shape ``(num_trajectories, *batch)``; and K, where they do not tell it."""
-        num_trajectories = positive_int("num_trajectories", num_trajectories)
-        is_discrete = self.prior.diffusion.kernel.is_discrete
-        bound_key, rng_key = jax.random.split(rng_key)
-        rows, contexts, batch_shape = as_rows(self.prior, jnp.asarray(self.x))
-        # blocks of one shape, as even as can be, so that one compilation serves all and little is drawn in vain
-        num_rows, per_row_block = _even(len(rows), self.chunk_size)
-        num_draws, per_draw_block = _even(num_trajectories, max(1, self.chunk_size // per_row_block))
-        blocks = [(i, j) for i in range(num_rows) for j in range(num_draws)]
-        out = np.empty((num_trajectories, len(rows)))
-        for i, j in tqdm(blocks, desc="log p", disable=not progress_bar):
-            index = np.minimum(np.arange(i * per_row_block, (i + 1) * per_row_block), len(rows) - 1)
-            key = jax.random.fold_in(jax.random.fold_in(rng_key, i), j)
-            context = jax.tree.map(lambda c, index=index: c[index], contexts)
-            part = out[j * per_draw_block : (j + 1) * per_draw_block, i * per_row_block : (i + 1) * per_row_block]
-            block = weights_of_rows(self.prior, rows[index], context, key, per_draw_block)
-            part[...] = np.asarray(block)[: part.shape[0], : part.shape[1]]
-        possible = np.isfinite(out) | (np.isneginf(out) & is_discrete)
-        if bad := np.count_nonzero(~possible.all(0)):
-            raise FloatingPointError(f"prior has log weights that are not finite for {bad} of {len(rows)} data")
-        bound = self._bound(bound_key, num_trajectories) if is_discrete else None
-        return out.reshape(num_trajectories, *batch_shape), bound
-
-    def _bound(self, rng_key: Array, num_trajectories: int) -> _Bound:
-        num_samples = max(4, num_trajectories // 16)
-        bound = lower_bound(rng_key, self.prior, self.x, num_samples=num_samples, chunk_size=self.chunk_size)
-        return _Bound(np.asarray(bound.value, np.float64), np.asarray(bound.std_error, np.float64), num_samples)
-
-
 def estimate_log_prob(
     rng_key: Array,
     prior: DiffusionPrior,
@@ -366,17 +307,17 @@ def estimate_log_prob(
         >>> print(estimate.value.round(4), estimate.verdict)  # every weight is the density itself
         [-0.9189 -1.4189] ['believable' 'believable']
     """
-    if not isinstance(prior, DiffusionPrior):
-        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
-    x = np.asarray(prior.diffusion.check_data(x))
+    check_prior(prior)
+    check_key(rng_key)
+    x = np.asarray(prior.space.check(x))
     *_, batch_shape = as_rows(prior, x)
     x = np.broadcast_to(x, batch_shape + prior.event_shape)
-    source = _Source(prior, x, positive_int("chunk_size", chunk_size))
+    source = Trajectories(prior, x, positive_int("chunk_size", chunk_size))
     return _summarise(*source.draw(rng_key, num_trajectories, progress_bar), source, (_key_data(rng_key),))
 
 
 def _summarise(
-    log_weights: np.ndarray, bound: _Bound | None, source: _Source, keys: tuple[np.ndarray, ...] = ()
+    log_weights: np.ndarray, bound: BoundOfBits | None, source: Trajectories, keys: tuple[np.ndarray, ...] = ()
 ) -> LogProbEstimate:
     count, batch_shape = len(log_weights), log_weights.shape[1:]
     flat = log_weights.reshape(count, -1)
@@ -389,7 +330,7 @@ def _summarise(
         error = np.sqrt(squares.sum(0) / (count - 1) / count + farthest / count**2)
         ess = count / (relative**2).mean(0)
         if bound is None:
-            bound = _Bound(log_weights.mean(0), np.sqrt(log_weights.var(0) / (np.asarray(count) - 1)), count)
+            bound = BoundOfBits(log_weights.mean(0), np.sqrt(log_weights.var(0) / (np.asarray(count) - 1)), count)
     return LogProbEstimate(
         value=value.reshape(batch_shape),
         psis_value=_log_mean_exp(smoothed).reshape(batch_shape),
@@ -406,7 +347,7 @@ def _summarise(
 
 
 def _key_data(rng_key: Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(rng_key) if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else rng_key)
+    return np.asarray(jax.random.key_data(rng_key) if is_key(rng_key) else rng_key)
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> np.ndarray:
@@ -417,69 +358,10 @@ def _good_k(num_draws: int) -> float:
     return min(1 - 1 / math.log10(num_draws), MAX_PARETO_K) if num_draws > 1 else -math.inf
 
 
-def _plain(number: float, digits: str) -> str:
+def _in_digits(number: float, digits: str) -> str:
     return "unknown" if math.isnan(number) else format(number, digits)
 
 
 def _error_over_data(values: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):  # a datum without any weight
         return float(values.std(ddof=1)) / math.sqrt(values.size)
-
-
-def _even(total: int, most: int) -> tuple[int, int]:
-    """How many blocks of at most ``most`` make up ``total``, and the size of each."""
-    blocks = -(-total // most)
-    return blocks, -(-total // blocks)
-
-
-@partial(jax.jit, static_argnames="num_trajectories")
-def weights_of_rows(prior: DiffusionPrior, x: Array, context: Any, rng_key: Array, num_trajectories: int) -> Array:
-    """Log weights of one block of trajectories, shape ``(num_trajectories, N)``."""
-    diffusion = prior.diffusion
-    process = diffusion.reverse_process(
-        prior.params, context=context, context_batch_ndim=1, num_timesteps=prior.num_timesteps
-    )
-    z = diffusion.to_model_space(x)
-    jacobian = log_abs_det(diffusion.transform, z, x, diffusion.kernel.event_ndim)
-    return log_weight(rng_key, process, jnp.broadcast_to(z, (num_trajectories, *z.shape))) - jacobian
-
-
-class Importance(Frozen):
-    r"""``diffusion.prior(params, log_prob=Importance(rng_key, num_trajectories))``: log_prob by eq. 9.
-
-    The log of the mean of p/q over forward trajectories with fixed noise, each row's own: a deterministic and (for
-    continuous kernels) differentiable function of the array x. Its exponential is unbiased for p(x); the log itself is
-    biased low.
-
-    :param rng_key: a JAX random key, which fixes the noise.
-    :param num_trajectories: trajectories per datum; each costs T network calls.
-    """
-
-    data_fields = ("rng_key",)
-
-    rng_key: Array
-    num_trajectories: int
-
-    def __init__(self, rng_key: Array, num_trajectories: int) -> None:
-        self._set(rng_key=rng_key, num_trajectories=positive_int("num_trajectories", num_trajectories))
-
-    def log_prob(self, prior: DiffusionPrior, x: Array) -> Array:
-        """The estimate of log p(x) under ``prior``, nats."""
-        prior.diffusion.check_shape(x, "value")
-        return _log_mean_weight(prior, prior.diffusion.kernel.as_state(x), self.rng_key, self.num_trajectories)
-
-
-@partial(jax.jit, static_argnames="num_trajectories")
-def _log_mean_weight(prior: DiffusionPrior, x: Array, rng_key: Array, num_trajectories: int) -> Array:
-    diffusion, process = prior.diffusion, prior.process
-    kernel = diffusion.kernel
-    batch_shape = jnp.broadcast_shapes(x.shape[: x.ndim - kernel.event_ndim], prior.batch_shape)
-    x = jnp.broadcast_to(x, batch_shape + kernel.event_shape)
-    z = diffusion.to_model_space(x)
-
-    def add(log_total: Array, key: Array) -> tuple[Array, None]:
-        return jnp.logaddexp(log_total, log_weight(key, process, z)), None
-
-    keys = jax.random.split(rng_key, num_trajectories)
-    log_total, _ = jax.lax.scan(add, log_weight(keys[0], process, z), keys[1:])
-    return log_total - math.log(num_trajectories) - log_abs_det(diffusion.transform, z, x, kernel.event_ndim)

@@ -13,8 +13,8 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 
+from pp_diffusion.chain import walk
 from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.schedules import Rates
 
 _POWERS: dict[str, Callable[[int, int], float]] = {
     "annealed": lambda t, num_timesteps: (num_timesteps - t) / num_timesteps,
@@ -69,6 +69,8 @@ def perturb(
     """
     if not isinstance(prior, DiffusionPrior):
         raise TypeError(f"prior must be a DiffusionPrior (expand the result, not it); got {type(prior).__name__}")
+    if prior.space.is_discrete != prior.kernel.is_discrete:
+        raise ValueError("prior must have no last_step='discretized' to be perturbed: its last step is over levels")
     if not callable(log_r):
         raise TypeError(f"log_r must be a function of x; got {type(log_r).__name__}")
     _check_log_r(log_r, prior.event_shape)
@@ -78,7 +80,7 @@ def perturb(
 class PerturbedPrior(dist.Distribution):
     """The law of x under the perturbed chain; made by :func:`perturb`."""
 
-    arg_constraints: ClassVar[dict] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("prior", "log_r", "powers")
 
     prior: DiffusionPrior
@@ -122,30 +124,23 @@ class PerturbedPrior(dist.Distribution):
 
 @partial(jax.jit, static_argnames="sample_shape")
 def _sample(perturbed: PerturbedPrior, rng_key: Array, sample_shape: tuple[int, ...]) -> Array:
-    process, transform = perturbed.prior.process, perturbed.prior.diffusion.transform
+    process, space = perturbed.prior.process, perturbed.prior.space
     kernel, powers = process.kernel, jnp.asarray(perturbed.powers, dtype=float)
 
     def log_r(z: Array) -> Array:
-        x = z if transform is None else transform(z)
-        rows = perturbed.log_r(x.reshape(-1, *kernel.event_shape))
-        return rows.reshape(z.shape[: z.ndim - kernel.event_ndim])
+        rows = perturbed.log_r(space.to_data(z).reshape(-1, *kernel.event_shape))
+        return rows.reshape(kernel.batch_shape_of(z))
 
-    def draw(rng_key: Array, distribution: dist.Distribution, power: Array) -> Array:
+    def draw(distribution: dist.Distribution, at: tuple[Array, Array]) -> Array:
+        rng_key, power = at
         perturb_key, rng_key = jax.random.split(rng_key)
         # r to the power 0 is 1 also where r is 0
         step = kernel.perturb(perturb_key, distribution, lambda z: jnp.where(power == 0, 0.0, power * log_r(z)))
         return kernel.as_state(step.sample(rng_key))
 
-    def step(x: Array, at: tuple[Array, Array, Rates]) -> tuple[Array, None]:
-        rng_key, power, rates = at
-        return draw(rng_key, process(x, rates), power), None
-
     keys = jax.random.split(rng_key, process.num_timesteps + 1)  # entry t draws x_t
-    x_end = draw(keys[-1], kernel.stationary().expand(sample_shape + perturbed.batch_shape), powers[-1])
-    steps = keys[1:-1], powers[1:-1], process.rates.at(slice(1, None))
-    x_1, _ = jax.lax.scan(step, x_end, steps, reverse=True)
-    x = draw(keys[0], process.last(x_1), powers[0])
-    return x if transform is None else transform(x)
+    x_end = draw(kernel.stationary().expand(sample_shape + perturbed.batch_shape), (keys[-1], powers[-1]))
+    return space.to_data(walk(process, draw, x_end, (keys[:-1], powers[:-1])))
 
 
 def _powers(power: Any, num_timesteps: int) -> np.ndarray:

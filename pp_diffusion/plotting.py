@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pp_diffusion.entropies import EntropyBounds, ReverseEntropy
+from pp_diffusion.likelihood import LogProbEstimate
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.trajectories import ForwardTrajectory, ReverseTrajectory
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from pp_diffusion.entropies import EntropyBounds, ReverseEntropy
-    from pp_diffusion.likelihood import LogProbEstimate
+    from matplotlib.figure import Figure  # where it is used
 
 
 def samples(x: Any, data: Any = None, *, num_columns: int = 10, title: str | None = None) -> Figure:
@@ -67,13 +66,12 @@ def trajectories(rng_key: Array, prior: DiffusionPrior, data: Any, *, num_points
     :param num_points: points in each slice.
     :raises ValueError: if the data are not two-dimensional.
     """
-    diffusion = prior.diffusion
-    if diffusion.event_shape != (2,) or diffusion.kernel.is_discrete:
-        raise ValueError(f"trajectories draws diffusions of event shape (2,); got {diffusion.event_shape}")
+    if prior.event_shape != (2,) or prior.kernel.is_discrete:
+        raise ValueError(f"trajectories draws diffusions of event shape (2,); got {prior.event_shape}")
     forward_key, reverse_key, last_key = jax.random.split(rng_key, 3)
     process = prior.process
     kernel, rates = process.kernel, process.rates
-    z = diffusion.to_model_space(diffusion.check_data(data, "data")[:num_points])
+    z = prior.space.to_model(prior.space.check(data, "data")[:num_points])
     forward = ForwardTrajectory(kernel, rates, z).sample(forward_key)
     reverse = ReverseTrajectory(kernel, rates, process, batch_shape=(num_points,)).sample(reverse_key)
     last = process.last(reverse[:, 0]).sample(last_key)

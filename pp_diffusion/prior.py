@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
-from pp_diffusion.checks import positive_int
+from pp_diffusion.chain import sample_chain
+from pp_diffusion.checks import check_key, positive_int
+from pp_diffusion.contexts import batch_shape_of, count_batch_axes
+from pp_diffusion.data_space import DataSpace
+from pp_diffusion.frozen import value_of
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.reverse import ReverseProcess
-from pp_diffusion.trajectories import sample_chain
 
-if TYPE_CHECKING:
-    from pp_diffusion.diffusion import Diffusion
+_NO_MOMENTS = (
+    "a DiffusionPrior's {} is an integral over trajectories, and has no closed form. Estimate it from draws: "
+    "prior.sample(rng_key, (10_000,)).{}(0)"
+)
 
 
 class DiffusionPrior(dist.Distribution):
@@ -27,6 +32,8 @@ class DiffusionPrior(dist.Distribution):
 
     For ``numpyro.sample("x", prior)`` in a model, under plates, ``jit`` and ``vmap``; a pytree whose leaves are all
     the arrays it holds. Sampling costs T network calls.
+
+    It holds the reverse process, with its parameters and covariates, and the transform.
 
     The density itself is an integral over trajectories. :meth:`log_prob` therefore raises, unless the prior was made
     with ``log_prob=ppd.Bound(rng_key)`` or ``ppd.Importance(rng_key, num_trajectories)``.
@@ -40,73 +47,117 @@ class DiffusionPrior(dist.Distribution):
         >>> prior = diffusion.prior({})
         >>> prior.sample(jax.random.key(0), (4,)).shape, prior.event_shape
         ((4, 3), (3,))
+
+    :param ReverseProcess process: the reverse process in the model's space.
+    :param transform: from the model's space to the data's.
+    :param log_prob: ``None``, :class:`~pp_diffusion.Bound` or :class:`~pp_diffusion.Importance`.
+    :param validate_args: as for any NumPyro distribution.
     """
 
-    arg_constraints: ClassVar[dict] = {}
-    pytree_data_fields = ("diffusion", "params", "context", "log_prob_rule")
-    pytree_aux_fields = ("num_timesteps", "context_batch_ndim")
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    pytree_data_fields = ("process", "transform", "log_prob_rule")
 
-    diffusion: Diffusion
-    params: dict[str, Any]
-    context: Any
+    process: ReverseProcess
+    transform: Transform | None
     log_prob_rule: Any
-    num_timesteps: int
-    context_batch_ndim: int
 
     def __init__(
         self,
-        diffusion: Diffusion,
-        params: dict[str, Any],
+        process: ReverseProcess,
+        transform: Transform | None = None,
         *,
-        context: Any = None,
-        num_timesteps: int | None = None,
         log_prob: Any = None,
-        context_event_dim: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if log_prob is not None and (isinstance(log_prob, type) or not hasattr(log_prob, "log_prob")):
             raise TypeError(
                 f"log_prob must be None, ppd.Bound(rng_key) or ppd.Importance(rng_key, n); got {log_prob!r}"
             )
-        self.diffusion, self.params = diffusion, params
-        self.context, self.log_prob_rule = context, log_prob
-        self.num_timesteps = (
-            diffusion.num_timesteps if num_timesteps is None else positive_int("num_timesteps", num_timesteps)
-        )
-        self.context_batch_ndim = _context_batch_ndim(diffusion, params, context, num_timesteps, context_event_dim)
-        batch_shapes = [jnp.shape(leaf)[: self.context_batch_ndim] for leaf in jax.tree.leaves(context)]
-        super().__init__(jnp.broadcast_shapes((), *batch_shapes), diffusion.event_shape, validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self.diffusion.support
-
-    @property
-    def has_rsample(self) -> bool:
-        return not self.diffusion.kernel.is_discrete
+        self.process, self.transform, self.log_prob_rule = process.checked(), transform, log_prob
+        batch_shape = batch_shape_of(process.context, process.context_batch_ndim)
+        super().__init__(batch_shape, process.kernel.event_shape, validate_args=validate_args)
 
     @property
     def kernel(self) -> Kernel:
         """The diffusion kernel."""
-        return self.diffusion.kernel
+        return self.process.kernel
 
     @property
-    def transform(self) -> Transform | None:
-        """From the model's space to the data's."""
-        return self.diffusion.transform
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.process.num_timesteps
 
     @property
-    def process(self) -> ReverseProcess:
-        """The reverse process in the model's space."""
-        return self.diffusion.reverse_process(
-            self.params,
-            context=self.context,
-            context_batch_ndim=self.context_batch_ndim,
-            num_timesteps=self.num_timesteps,
-        )
+    def context(self) -> Any:
+        """The covariates."""
+        return self.process.context
+
+    @property
+    def space(self) -> DataSpace:
+        """Where the data live: the model's space and the data's units."""
+        return self.process.last_step.space(self.kernel, self.transform)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.space.support
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self.space.is_discrete
+
+    def with_context(self, context: Any, context_event_dim: int | None = None) -> DiffusionPrior:
+        """With other covariates; arguments as for :meth:`Diffusion.prior`."""
+        process = self.process.with_context(context, count_batch_axes(context, context_event_dim))
+        return self._with(process, self.log_prob_rule)
+
+    def with_log_prob(self, log_prob: Any) -> DiffusionPrior:
+        """With this rule for its log_prob, as for :meth:`Diffusion.prior`."""
+        return self._with(self.process, log_prob)
+
+    def shortened(self, num_timesteps: int) -> DiffusionPrior:
+        """A shorter chain through this one's steps: a model of its own, with its own K."""
+        return self._with(self.process.shortened(positive_int("num_timesteps", num_timesteps)), self.log_prob_rule)
+
+    def of_rows(self, context: Any) -> DiffusionPrior:
+        """With one of these covariates for each row; nothing is checked."""
+        batch_ndim = self.process.context_batch_ndim if context is None else 1
+        new = copy.copy(self)
+        new.process = self.process.with_context(context, batch_ndim)
+        new._batch_shape = batch_shape_of(context, batch_ndim)
+        return new
+
+    def _with(self, process: ReverseProcess, log_prob: Any) -> DiffusionPrior:
+        validate_args = vars(self).get("_validate_args")  # this one's own, not its class's
+        return DiffusionPrior(process, self.transform, log_prob=log_prob, validate_args=validate_args)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and value_of(self) == value_of(other))
+
+    def __hash__(self) -> int:
+        return hash(value_of(self))
+
+    @property
+    def mean(self) -> Array:
+        """Not to be had.
+
+        :raises NotImplementedError: always, saying how to estimate it.
+        """
+        raise NotImplementedError(_NO_MOMENTS.format("mean", "mean"))
+
+    @property
+    def variance(self) -> Array:
+        """Not to be had.
+
+        :raises NotImplementedError: always, saying how to estimate it.
+        """
+        raise NotImplementedError(_NO_MOMENTS.format("variance", "var"))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draws of x by the reverse trajectory, of shape ``sample_shape + batch_shape + event_shape``."""
+        """Draws of x by the reverse trajectory, of shape ``sample_shape + batch_shape + event_shape``.
+
+        :raises TypeError: if ``key`` is no JAX random key.
+        """
+        check_key(key, "key")
         return _sample(self, key, tuple(sample_shape))
 
     @validate_sample
@@ -132,59 +183,13 @@ class DiffusionPrior(dist.Distribution):
 
 @partial(jax.jit, static_argnames="sample_shape")
 def _sample(prior: DiffusionPrior, rng_key: Array, sample_shape: tuple[int, ...]) -> Array:
-    x = sample_chain(rng_key, prior.process, sample_shape + prior.batch_shape)
-    transform = prior.diffusion.transform
-    return x if transform is None else transform(x)
+    return prior.space.to_data(sample_chain(rng_key, prior.process, sample_shape + prior.batch_shape))
 
 
-def as_rows(prior: DiffusionPrior, x: Array) -> tuple[Array, Any, tuple[int, ...]]:
-    """Data and contexts as rows of one leading axis, and the batch shape that they came in.
+def check_prior(prior: Any) -> None:
+    """Refuses what is no prior.
 
-    :raises ValueError: if the data's batch shape does not broadcast with the prior's.
+    :raises TypeError: naming ``prior``.
     """
-    event_ndim, context_ndim = prior.diffusion.kernel.event_ndim, prior.context_batch_ndim
-    batch_shape = x.shape[: x.ndim - event_ndim]
-    try:
-        batch_shape = jnp.broadcast_shapes(batch_shape, prior.batch_shape)
-    except ValueError:
-        raise ValueError(
-            f"x has batch shape {batch_shape}, which does not broadcast with the prior's, {prior.batch_shape}"
-        ) from None
-
-    def rows(a: Array, trailing: tuple[int, ...]) -> Array:
-        return jnp.broadcast_to(a, batch_shape + trailing).reshape(-1, *trailing)
-
-    contexts = jax.tree.map(lambda c: rows(jnp.asarray(c), jnp.shape(c)[context_ndim:]), prior.context)
-    return rows(x, prior.event_shape), contexts, batch_shape
-
-
-def _context_batch_ndim(
-    diffusion: Diffusion, params: Any, context: Any, num_timesteps: int | None, event_dim: int | None
-) -> int:
-    """How many leading axes of ``context`` are batch axes: all but ``event_dim``, or what the network can take.
-
-    :raises ValueError: if the network takes the context in more than one way, or in none.
-    """
-    most = min((jnp.ndim(leaf) for leaf in jax.tree.leaves(context)), default=0)
-    if event_dim is not None and not 0 <= event_dim <= most:
-        raise ValueError(f"context_event_dim must be in 0…{most}; got {event_dim}")
-    fits: list[int] = []
-    complaint: Exception | None = None
-    for batch_ndim in range(most + 1) if event_dim is None else [most - event_dim]:
-        try:
-            diffusion.reverse_process(
-                params, context=context, context_batch_ndim=batch_ndim, num_timesteps=num_timesteps
-            )
-            fits.append(batch_ndim)
-        except Exception as error:  # the network's own complaint about shapes, of whatever type
-            if complaint is None or error.__cause__ is not None:  # parameters that do not fit say most
-                complaint = error
-    if complaint is not None and not fits:
-        raise complaint
-    if len(fits) > 1:
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(context)]
-        raise ValueError(
-            f"context of shape {', '.join(map(str, shapes))} is ambiguous: the network takes its first "
-            f"{' or '.join(map(str, fits))} axes as batch axes; give context_event_dim, the number of the others"
-        )
-    return fits[0]
+    if not isinstance(prior, DiffusionPrior):
+        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")

@@ -12,8 +12,8 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
+from pp_diffusion.chain import walk
 from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.schedules import Rates
 
 
 class TrajectoryReparam(Reparam):
@@ -79,11 +79,16 @@ class TrajectoryReparam(Reparam):
                 f"TrajectoryReparam needs a DiffusionPrior at site {name!r}, expanded or with to_event; got a "
                 f"{type(prior).__name__}"
             )
-        kernel = prior.diffusion.kernel
+        kernel = prior.kernel
         if kernel.is_discrete:
             raise ValueError(
                 f"site {name!r} has a {type(kernel).__name__}, whose draws are discrete: TrajectoryReparam is for "
                 "Gaussian kernels. Use pp_diffusion.SMC(model, ...)"
+            )
+        if prior.space.is_discrete:
+            raise ValueError(
+                f"site {name!r} has last_step='discretized', whose draws are integers: TrajectoryReparam is for "
+                "continuous priors"
             )
         noise_shape = (*batch_shape, prior.num_timesteps + 1, *prior.event_shape)
         standard_normal = dist.Normal(0.0, 1.0).expand(noise_shape).to_event(event_dim + 1)
@@ -104,17 +109,7 @@ def _is_constant_mask() -> bool:
 @jax.jit
 def _from_noise(prior: DiffusionPrior, noise: Array) -> Array:
     """x in data units, of shape ``(*batch, *event_shape)``, from noise of shape ``(*batch, T + 1, *event_shape)``."""
-    process = prior.process
-    kernel, steps = process.kernel, process.rates.at(slice(1, None))
+    process, kernel = prior.process, prior.kernel
     noise = jnp.moveaxis(noise, -1 - kernel.event_ndim, 0)
-
-    def step(x: Array, at: tuple[Array, Rates]) -> tuple[Array, None]:
-        noise, rates = at
-        return kernel.from_noise(process(x, rates), noise), None
-
-    step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
     x_end = kernel.from_noise(kernel.stationary(), noise[-1])
-    x_1, _ = jax.lax.scan(step, x_end, (noise[1:-1], steps), reverse=True)
-    x = kernel.from_noise(process.last(x_1), noise[0])
-    transform = prior.diffusion.transform
-    return x if transform is None else transform(x)
+    return prior.space.to_data(walk(process, kernel.from_noise, x_end, noise[:-1]))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from flax.errors import FlaxError
 from jax import Array
 
+from pp_diffusion import contexts
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
-from pp_diffusion.parameterizations import Parameterization
+from pp_diffusion.last_step import LastStep, as_last_step
+from pp_diffusion.rules import Parameterization
 from pp_diffusion.schedules import Rates
 
 LOG_SNR_LIMIT = 20.0
@@ -102,7 +105,7 @@ def _linen_calls(module: nn.Module) -> _Calls:
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         return module.apply({"params": params}, *args, **kwargs)
 
-    return _Calls(init, apply, module.__call__)  # type: ignore[attr-defined]
+    return _Calls(init, apply, module.__call__)
 
 
 def _nnx_calls(nnx: Any, module: Any) -> _Calls:
@@ -138,14 +141,21 @@ class ReverseProcess(Frozen):
     :param Network network: the network.
     :param params: its parameters.
     :param parameterization: the name of the kernel's rule that reads the network's outputs.
-    :param last_step: ``"kernel"`` (the paper: :math:`p(x_0 \mid x_1) = T_\pi`) or ``"network"``.
+    :param last_step: ``"kernel"`` (the paper: :math:`p(x_0 \mid x_1) = T_\pi`), ``"network"`` or ``"discretized"``, or
+        such a :class:`~pp_diffusion.last_step.LastStep`.
     :param context: covariates, a pytree of arrays whose first ``context_batch_ndim`` axes are batch axes.
     """
 
-    data_fields = ("kernel", "rates", "params", "context")
+    data_fields = ("kernel", "rates", "params", "last_step", "context")
 
     kernel: Kernel
     rates: Rates
+    network: Network
+    params: Any
+    parameterization: str
+    last_step: LastStep
+    context: Any
+    context_batch_ndim: int
 
     def __init__(
         self,
@@ -155,7 +165,7 @@ class ReverseProcess(Frozen):
         params: Any,
         *,
         parameterization: str,
-        last_step: str = "kernel",
+        last_step: str | LastStep = "kernel",
         context: Any = None,
         context_batch_ndim: int = 0,
     ) -> None:
@@ -165,7 +175,7 @@ class ReverseProcess(Frozen):
             network=network,
             params=params,
             parameterization=parameterization,
-            last_step=last_step,
+            last_step=as_last_step(last_step),
             context=context,
             context_batch_ndim=context_batch_ndim,
         )
@@ -181,18 +191,16 @@ class ReverseProcess(Frozen):
     @property
     def first_network_step(self) -> int:
         """Index of the first step that the network describes: 1 where the last step is the kernel's, else 0."""
-        return 1 if self.last_step == "kernel" else 0
+        return self.last_step.first_network_step
 
     def __call__(self, x_t: Array, rates: Rates) -> dist.Distribution:
         batch_shape = x_t.shape[: x_t.ndim - self.kernel.event_ndim]
         t = jnp.broadcast_to(rates.t, batch_shape)
         log_snr = jnp.broadcast_to(rates.log_snr, batch_shape)
-        context = jax.tree.map(
-            lambda c: jnp.broadcast_to(c, batch_shape + jnp.shape(c)[self.context_batch_ndim :]), self.context
-        )
+        context = contexts.over_batch(self.context, self.context_batch_ndim, batch_shape)
         if len(batch_shape) > 1:  # networks are fastest on rows
             x_rows, t, log_snr = (a.reshape(-1, *a.shape[len(batch_shape) :]) for a in (x_t, t, log_snr))
-            context = jax.tree.map(lambda c: c.reshape(-1, *c.shape[len(batch_shape) :]), context)
+            context = contexts.as_rows(context, len(batch_shape))
             outputs = self.network(self.params, x_rows, t, log_snr, context)
             check_outputs(outputs, self.rule, x_rows.shape)
             outputs = tuple(out.reshape(x_t.shape) for out in outputs)
@@ -204,13 +212,57 @@ class ReverseProcess(Frozen):
 
     def last(self, x_1: Array) -> dist.Distribution:
         r""":math:`p(x_0 \mid x_1)`."""
-        rates = self.rates.at(0)
-        return self.kernel.transition(x_1, rates.beta) if self.last_step == "kernel" else self(x_1, rates)
+        return self.last_step.law(self.kernel, self.rates.at(0), self, x_1)
 
     def with_context(self, context: Any, context_batch_ndim: int | None = None) -> ReverseProcess:
         """With another context, of as many batch axes unless ``context_batch_ndim`` says otherwise."""
         batch_ndim = self.context_batch_ndim if context_batch_ndim is None else context_batch_ndim
         return self.replace(context=context, context_batch_ndim=batch_ndim)
+
+    def shortened(self, num_timesteps: int) -> ReverseProcess:
+        """A chain of fewer steps through this one's.
+
+        :raises ValueError: naming ``num_timesteps``, if the network's outputs describe steps of this length only.
+        """
+        if num_timesteps == self.num_timesteps:
+            return self
+        if not self.rule.shortens:
+            raise ValueError(
+                f"num_timesteps must be {self.num_timesteps} for parameterization {self.parameterization!r}, "
+                "whose outputs describe steps of the trained length"
+            )
+        return self.replace(rates=self.rates.shortened(num_timesteps))
+
+    def checked(self) -> Self:
+        """The process itself, once a step of it has gone through abstractly.
+
+        :raises ValueError: if the context does not fit the network, parameters are missing, or its outputs are not
+            what they should be.
+        """
+        check_context_is_named(self.network, self.context)
+        contexts.check_context(self.context)
+        if self.num_timesteps > self.first_network_step:
+            batch = jnp.broadcast_shapes((1,), contexts.batch_shape_of(self.context, self.context_batch_ndim))
+
+            def one_step() -> Array:
+                x_t = self.kernel.as_state(jnp.zeros(batch + self.kernel.event_shape))
+                return self(x_t, self.rates.at(-1)).sample(jax.random.key(0))
+
+            try:
+                jax.eval_shape(one_step)
+            except FlaxError as error:
+                given = "no context was given" if self.context is None else "context was given"
+                raise ValueError(f"params do not fit the network ({given}): {error}") from error
+        return self
+
+
+def check_context_is_named(network: Network, context: Any) -> None:
+    """Refuses a context that the network is not given.
+
+    :raises ValueError: naming ``context``.
+    """
+    if context is not None and "context" not in network.inputs:
+        raise ValueError("context was given, but the signature of the network does not name context")
 
 
 def check_outputs(outputs: tuple[Any, ...], rule: Parameterization, shape: tuple[int, ...]) -> None:

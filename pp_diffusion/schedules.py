@@ -155,7 +155,7 @@ class Schedule(Frozen):
         return self.rates(params).alpha_bar
 
 
-class FixedSchedule(Schedule):
+class FixedSchedule(Schedule, saved_as="FixedSchedule"):
     r"""Diffusion rates that are not trained.
 
     :param betas: :math:`\beta_1 … \beta_T`, shape ``(T,)``, each in (0, 1); the last one may be 1.
@@ -206,9 +206,7 @@ class FixedSchedule(Schedule):
         drops = -np.diff(log_snr, prepend=np.inf)
         if not (np.isfinite(log_snr[:-1]).all() and log_snr[-1] < np.inf and (drops > 0).all()):
             raise ValueError(f"log_snr must be finite (the last may be -inf) and fall strictly; got {log_snr}")
-        self = object.__new__(cls)
-        self._set(num_timesteps=log_snr.size, _log_snr=log_snr, _drops=drops)
-        return self
+        return cls.of(num_timesteps=log_snr.size, _log_snr=log_snr, _drops=drops)
 
     @classmethod
     def constant_erasure(cls, num_timesteps: int) -> Self:
@@ -248,7 +246,7 @@ class FixedSchedule(Schedule):
         return super().rates(params)._replace(drop=_float(self._drops))
 
 
-class LearnedSchedule(Schedule):
+class LearnedSchedule(Schedule, saved_as="LearnedSchedule"):
     r"""Diffusion rates learned with the network, by the gradient of K with frozen noise (the paper, §2.4.1).
 
     :math:`\beta_1` stays fixed, against overfitting. What is trained are the log-SNR's drops, as shares (a softmax)

@@ -1,7 +1,7 @@
-r"""Trajectories :math:`x_1 … x_T`: three NumPyro distributions over whole paths, and the streaming log weight.
+r"""Trajectories :math:`x_1 … x_T`: three NumPyro distributions over whole paths.
 
 A path has event shape ``(T, *event_shape)``, entry t-1 being :math:`x_t`, in the model's space. Paths are drawn by one
-``lax.scan`` and scored for all steps at once. :func:`log_weight` needs no path in memory.
+``lax.scan`` and scored for all steps at once. :func:`~pp_diffusion.log_weight` needs no path in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
+from pp_diffusion.chain import draw_state, start, walk_to_x_1
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
@@ -27,7 +28,7 @@ from pp_diffusion.schedules import Rates
 class Trajectory(dist.Distribution):
     """Base of the path distributions."""
 
-    arg_constraints: ClassVar[dict] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     kernel: Kernel
     rates: Rates
 
@@ -54,7 +55,7 @@ class Trajectory(dist.Distribution):
     def _expanded(self, batch_shape: tuple[int, ...], **attributes: Any) -> Self:
         # the same class, not ExpandedDistribution, so that the registered KL is found under a plate
         new = copy.copy(self)
-        vars(new).update(attributes, _batch_shape=tuple(batch_shape))
+        new.__dict__.update(attributes, _batch_shape=tuple(batch_shape))
         return new
 
     def _time_first(self, path: Array) -> Array:
@@ -92,7 +93,7 @@ class ForwardTrajectory(Trajectory):
 
     def __init__(self, kernel: Kernel, rates: Rates, x_0: Array, *, validate_args: bool | None = None) -> None:
         self.x_0 = kernel.as_state(x_0)
-        super().__init__(kernel, rates, _batch_shape(kernel, self.x_0), validate_args)
+        super().__init__(kernel, rates, kernel.batch_shape_of(self.x_0), validate_args)
 
     def expand(self, batch_shape: tuple[int, ...]) -> Self:
         return self._expanded(batch_shape, x_0=jnp.broadcast_to(self.x_0, (*batch_shape, *self.kernel.event_shape)))
@@ -143,7 +144,7 @@ class PosteriorTrajectory(Trajectory):
         validate_args: bool | None = None,
     ) -> None:
         self.x_0, self.rng_key = kernel.as_state(x_0), rng_key
-        super().__init__(kernel, rates, _batch_shape(kernel, self.x_0), validate_args)
+        super().__init__(kernel, rates, kernel.batch_shape_of(self.x_0), validate_args)
 
     def expand(self, batch_shape: tuple[int, ...]) -> Self:
         return self._expanded(batch_shape, x_0=jnp.broadcast_to(self.x_0, (*batch_shape, *self.kernel.event_shape)))
@@ -206,14 +207,9 @@ class ReverseTrajectory(Trajectory):
         return self._expanded(batch_shape)
 
     def _sample(self, key: Array, sample_shape: tuple[int, ...]) -> Array:
-        x_end, keys = _start(key, self.kernel, self.rates, sample_shape + self.batch_shape)
-
-        def step(x: Array, at: tuple[Array, Rates]) -> tuple[Array, Array]:
-            rng_key, rates = at
-            x = self.kernel.as_state(self.reverse(x, rates).sample(rng_key))
-            return x, x
-
-        path = jax.lax.scan(step, x_end, (keys, self.rates.at(slice(1, None))), reverse=True)[1]
+        x_end, keys = start(key, self.kernel, self.rates, sample_shape + self.batch_shape)
+        _, path = walk_to_x_1(self.reverse, self.rates, draw_state(self.kernel), x_end, keys, keep_path=True)
+        assert path is not None
         return self._time_behind_batch(jnp.concatenate([path, x_end[None]]))
 
     @validate_sample
@@ -225,7 +221,7 @@ class ReverseTrajectory(Trajectory):
         return end + self.reverse(path[1:], self._steps(slice(1, None), path)).log_prob(path[:-1]).sum(0)
 
 
-@dist.kl_divergence.register(PosteriorTrajectory, ReverseTrajectory)  # type: ignore[attr-defined]
+@dist.kl_divergence.register(PosteriorTrajectory, ReverseTrajectory)
 def _kl_posterior_reverse(q: PosteriorTrajectory, p: ReverseTrajectory) -> Array:
     if q.rng_key is None:
         raise NotImplementedError("PosteriorTrajectory needs rng_key for its KL")  # ELBOs then use the log ratio
@@ -235,124 +231,3 @@ def _kl_posterior_reverse(q: PosteriorTrajectory, p: ReverseTrajectory) -> Array
         return kl
     steps = q._steps(slice(1, None), path)
     return kl + q.kernel.kl(q.kernel.posterior(path[1:], q.x_0[None], steps), p.reverse(path[1:], steps)).sum(0)
-
-
-def sample_chain(rng_key: Array, process: ReverseProcess, batch_shape: tuple[int, ...]) -> Array:
-    r"""Draws of :math:`x_0`, of shape ``(*batch_shape, *event_shape)``, without storing the path."""
-    last_key, rng_key = jax.random.split(rng_key)
-    x, keys = _start(rng_key, process.kernel, process.rates, batch_shape)
-
-    def step(x: Array, at: tuple[Array, Rates]) -> tuple[Array, None]:
-        rng_key, rates = at
-        return process.kernel.as_state(process(x, rates).sample(rng_key)), None
-
-    x_1, _ = jax.lax.scan(step, x, (keys, process.rates.at(slice(1, None))), reverse=True)
-    return process.last(x_1).sample(last_key)
-
-
-@jax.jit
-def log_weight(rng_key: Array, process: ReverseProcess, x_0: Array) -> Array:
-    r""":math:`\log p(x_{0…T}) - \log q(x_{1…T} \mid x_0)` of one forward trajectory per datum (eq. 9), in nats.
-
-    Drawn in posterior order, one network call per step; memory does not grow with T. Its mean is K, and the mean of
-    its exponential is :math:`p(x_0)`.
-
-    :param rng_key: a JAX random key.
-    :param ReverseProcess process: the model.
-    :param x_0: states of shape ``(*batch, *event_shape)``, in the model's space.
-    :return: shape ``batch``.
-    """
-    return stream_log_ratios(rng_key, process, x_0)[0]
-
-
-def stream_log_ratios(
-    rng_key: Array, process: ReverseProcess, x_0: Array, *, keep_steps: bool = False
-) -> tuple[Array, Array | None]:
-    """:func:`log_weight` and, with ``keep_steps``, its terms of shape ``(T, *batch)``: entry 0 the last step's log
-    density, entry t-1 the log ratio of :math:`x_{t-1}` given :math:`x_t`. The end, :math:`x_T`, is there by its
-    expectation, minus :func:`Kernel.prior_kl`, which is not among the terms; by what its draw differs from that is in
-    entry T-1, with which it telescopes."""
-    kernel, rates = process.kernel, process.rates
-    end_key, rng_key = jax.random.split(rng_key)
-    end = rates.at(-1)
-    stationary = kernel.stationary().expand(_batch_shape(kernel, x_0))
-    x_end, start = kernel.draw_and_log_ratio(end_key, kernel.marginal(x_0, end.log_snr), stationary)
-
-    def step(carry: tuple[Array, Array], at: tuple[Array, Rates]) -> tuple[tuple[Array, Array], Array | None]:
-        (x, log_w), (rng_key, rates) = carry, at
-        x_previous, log_ratio = kernel.draw_and_log_ratio(rng_key, kernel.posterior(x, x_0, rates), process(x, rates))
-        return (x_previous, log_w + log_ratio), log_ratio if keep_steps else None
-
-    later = rates.at(slice(1, None))
-    keys = jax.random.split(rng_key, later.num_timesteps)
-    step = jax.checkpoint(step, prevent_cse=False)  # for gradients: a step's network is run again, not stored
-    (x_1, log_w), log_ratios = jax.lax.scan(step, (x_end, start), (keys, later), reverse=True)
-    last = process.last(x_1).log_prob(x_0)
-    if log_ratios is None:
-        return log_w + last, None
-    terms = jnp.concatenate([last[None], log_ratios])
-    return log_w + last, terms.at[-1].add(start + kernel.prior_kl(x_0, end.log_snr))
-
-
-def step_cost(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array) -> Array:
-    r"""What step ``index + 1`` costs the bound, at a fresh :math:`x_t \sim q(x_t \mid x_0)`; one network call for all.
-
-    For t >= 2, KL(:math:`q(x_{t-1} \mid x_t, x_0)` ‖ :math:`p(x_{t-1} \mid x_t)`), analytic. For t = 1, where the
-    network describes that step, :math:`-\log p(x_0 \mid x_1)` less what :func:`fixed_terms` has taken into account.
-
-    :param index: integers ``process.first_network_step``…T-1, one per datum or one for all.
-    :return: nats, of batch shape.
-    """
-    kernel, rates = process.kernel, process.rates.at(index)
-    x_t = kernel.as_state(kernel.marginal(x_0, rates.log_snr).sample(rng_key))
-    reverse = process(x_t, rates)
-    if process.num_timesteps > 1:
-        inner = process.rates.at(jnp.maximum(index, 1))  # q(x_0 | x_1, x_0) is a point: keep it out of the KL
-        kl = kernel.kl(kernel.posterior(x_t, x_0, inner), reverse)
-        if process.first_network_step == 1:
-            return kl
-    else:
-        kl = jnp.zeros(())
-    last = -reverse.log_prob(x_0)
-    if _has_baseline(process):
-        last += kernel.transition(x_t, process.rates.at(0).beta).log_prob(x_0)
-    return jnp.where(index == 0, last, kl)
-
-
-def step_squared_error(rng_key: Array, process: ReverseProcess, x_0: Array, index: Array) -> Array:
-    r""":math:`\lVert E[x_{t-1} \mid x_t, x_0] - f_\mu(x_t, t) \rVert^2` at a fresh :math:`x_t`; arguments as for
-    :func:`step_cost`."""
-    kernel, rates = process.kernel, process.rates.at(index)
-    x_t = kernel.as_state(kernel.marginal(x_0, rates.log_snr).sample(rng_key))
-    return kernel.sum_events((kernel.posterior(x_t, x_0, rates).mean - process(x_t, rates).mean) ** 2)
-
-
-def fixed_terms(rng_key: Array, process: ReverseProcess, x_0: Array) -> tuple[Array, Array]:
-    r"""The bound's ends: :math:`E \log T_\pi(x_0 \mid x_1)` and KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`), in nats.
-
-    With them the bound is K = first − second − Σ :func:`step_cost`, for data of any scale (eq. 14 as printed drops
-    terms that vanish only at unit mean square). Where the network describes the last step, the first is a baseline:
-    for continuous data it keeps the noise of a t = 1 that is drawn now and then small. For discrete data it is zero,
-    because there the kernel pays for rare flips at t = 1 that the network undoes.
-    """
-    kernel = process.kernel
-    has_last = process.last_step == "kernel" or _has_baseline(process)
-    last = kernel.expected_last_step(rng_key, x_0, process.rates.at(0)) if has_last else jnp.zeros(())
-    return last, kernel.prior_kl(x_0, process.rates.at(-1).log_snr)
-
-
-def _has_baseline(process: ReverseProcess) -> bool:
-    return not process.kernel.is_discrete
-
-
-def _start(rng_key: Array, kernel: Kernel, rates: Rates, batch_shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """A draw of the stationary distribution, and keys for the steps T…2."""
-    end_key, rng_key = jax.random.split(rng_key)
-    return (
-        kernel.as_state(kernel.stationary().sample(end_key, batch_shape)),
-        jax.random.split(rng_key, rates.num_timesteps - 1),
-    )
-
-
-def _batch_shape(kernel: Kernel, x: Array) -> tuple[int, ...]:
-    return x.shape[: x.ndim - kernel.event_ndim]

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import AffineTransform, Transform
 
-from pp_diffusion.checks import check_not_constant, check_precision
+from pp_diffusion.checks import check_complete, check_not_constant, check_precision
 
 
 def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransform:
@@ -35,11 +35,10 @@ def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransf
         >>> transform.loc.tolist(), transform.scale.tolist()
         ([1.0, 20.0], [1.0, 10.0])
     """
+    if np.ndim(data) < 1 or not np.size(data):
+        raise ValueError(f"data must hold at least one datum, shape (N, *event_shape); got shape {np.shape(data)}")
+    check_complete(data, "data", "Impute them, or use complete rows")
     data = np.asarray(data, dtype=np.float64)
-    if data.ndim < 1 or not data.size:
-        raise ValueError(f"data must hold at least one datum, shape (N, *event_shape); got shape {data.shape}")
-    if not np.isfinite(data).all():
-        raise ValueError(f"data must be finite; {_count(~np.isfinite(data))} of {data.size} values are NaN or infinite")
     check_not_constant(data)
     check_precision(data, np.asarray(jnp.asarray(data, dtype=float)), data.ndim - 1, "data")
     axis = 0 if per_coordinate else None
@@ -226,7 +225,3 @@ def in_data_units(distribution: dist.Distribution, transform: Transform | None) 
         if transform is None
         else dist.TransformedDistribution(distribution, transform, validate_args=False)
     )
-
-
-def _count(mask: np.ndarray) -> int:
-    return int(np.count_nonzero(mask))

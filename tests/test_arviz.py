@@ -22,7 +22,8 @@ def network(x_t, t):
     return 0.2 * x_t + 0.05 * t[..., None], 0.1 * x_t - 0.1
 
 
-PRIOR = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7]), network).prior({})
+SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
+PRIOR = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, network).prior({})
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def estimate():
 def made_of(*columns):
     """An estimate of given log weights, a column per datum."""
     log_weights = np.stack(columns, -1)
-    source = likelihood._Source(PRIOR, np.zeros((len(columns), 2)), 16)
+    source = likelihood.Trajectories(PRIOR, np.zeros((len(columns), 2)), 16)
     return likelihood._summarise(log_weights, None, source)
 
 
@@ -159,7 +160,7 @@ def test_plot_khat_shows_the_estimates(estimate):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ArviZ 0.23's, of pandas
 def test_compare_ranks_models(estimate):
     """The same data under a model that is better by as much as the values say."""
-    worse = ppd.Diffusion(PRIOR.diffusion.kernel, PRIOR.diffusion.schedule, lambda x_t, t: (x_t + 2, 0 * x_t)).prior({})
+    worse = ppd.Diffusion(PRIOR.kernel, SCHEDULE, lambda x_t, t: (x_t + 2, 0 * x_t)).prior({})
     other = ppd.estimate_log_prob(KEY, worse, X, 400)
     assert other.value.sum() < estimate.value.sum() - 1
     table = az.compare({"worse": other.to_elpd(), "better": estimate.to_elpd()}, method="pseudo-BMA", **EXACT)

@@ -30,8 +30,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
 from benchmarks.reference import naive_numpyro as naive
-from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps
-from pp_diffusion.trajectories import fixed_terms, step_cost
+from pp_diffusion.objectives import UNIFORM_SHARE, draw_steps, fixed_terms, step_cost
 
 
 @cache
@@ -187,9 +186,13 @@ NOTES = {  # of rows that time nothing
 }
 
 
+LONG = [training_step, likelihood, flow, digits, posterior]  # they compile many programs
+
+
 @pytest.mark.parametrize(
     "module",
-    [training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits, posterior],
+    [sampling, naive_numpyro, gradient_variance, precision]
+    + [pytest.param(module, marks=pytest.mark.slow) for module in LONG],
 )
 def test_rows(module, tmp_path):
     if module in (flow, digits):

@@ -41,9 +41,9 @@ def test_shapes_and_parts(estimator, last_step):
     assert whole.kl_per_step.shape == (2, 2, 4)
     np.testing.assert_allclose(whole.value, -whole.kl_per_step.sum(-1) - whole.prior_kl, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole.above_null, whole.value - whole.null, rtol=1e-5)
-    np.testing.assert_allclose(whole.null, prior.diffusion.kernel.stationary().log_prob(X[:4]).reshape(2, 2), rtol=1e-5)
+    np.testing.assert_allclose(whole.null, prior.kernel.stationary().log_prob(X[:4]).reshape(2, 2), rtol=1e-5)
     np.testing.assert_allclose(
-        whole.prior_kl, prior.diffusion.kernel.prior_kl(X[:4].reshape(2, 2, 2), SCHEDULE.log_snr()[-1]), rtol=1e-5
+        whole.prior_kl, prior.kernel.prior_kl(X[:4].reshape(2, 2, 2), SCHEDULE.log_snr()[-1]), rtol=1e-5
     )
     if estimator == "analytic":
         assert (whole.kl_per_step[..., 1:] > -1e-6).all()
@@ -61,9 +61,9 @@ def test_shape_of_a_scalar_event():
 def test_exact_process():
     """Standard normal data and its exact reverse process: every trajectory weighs log p(x)."""
     bound = bound_of(EXACT, X)
-    np.testing.assert_allclose(bound.value, EXACT.diffusion.kernel.stationary().log_prob(X), atol=0.5)
-    weighted = EXACT.diffusion.prior({}, log_prob=ppd.Importance(jax.random.key(1), 5)).log_prob(X)
-    np.testing.assert_allclose(weighted, EXACT.diffusion.kernel.stationary().log_prob(X), atol=2e-5)
+    np.testing.assert_allclose(bound.value, EXACT.kernel.stationary().log_prob(X), atol=0.5)
+    weighted = EXACT.with_log_prob(ppd.Importance(jax.random.key(1), 5)).log_prob(X)
+    np.testing.assert_allclose(weighted, EXACT.kernel.stationary().log_prob(X), atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 3, 7])

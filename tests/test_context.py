@@ -52,14 +52,32 @@ def test_rows_as_many_as_covariates_are_not_ambiguous():
         assert own.prior(params, context=jnp.ones((rows, 3))).batch_shape == (rows,)
 
 
-def test_ambiguous_context_has_to_be_told():
+def test_a_context_has_one_event_axis_unless_told():
     own = diffusion(Pooled())
     params = own.init_params(jax.random.key(2), jnp.ones((4, 5, 3)), 2)
-    with pytest.raises(ValueError, match=r"context of shape \(5, 3\) is ambiguous.*context_event_dim"):
-        own.prior(params, context=jnp.ones((5, 3)))
+    assert own.prior(params, context=jnp.ones((5, 3))).batch_shape == (5,)
     assert own.prior(params, context=jnp.ones((5, 3)), context_event_dim=2).batch_shape == ()
-    with pytest.raises(ValueError, match="context_event_dim must be in"):
+    assert own.prior(params, context=jnp.ones((7, 5, 3)), context_event_dim=2).batch_shape == (7,)
+    with pytest.raises(ValueError, match="context_event_dim must be in 0…2"):
         own.prior(params, context=jnp.ones((5, 3)), context_event_dim=3)
+
+
+def test_one_vector_of_covariates_with_a_callable():
+    """A callable takes anything; its context is a vector all the same."""
+    own = diffusion(lambda x_t, t, context: (x_t + context.sum(-1, keepdims=True), 0 * x_t))
+    assert own.prior({}, context=jnp.ones(3)).batch_shape == ()
+    assert own.prior({}, context=jnp.ones((2, 3))).batch_shape == (2,)
+
+
+def test_labels_have_no_axis_of_their_own():
+    own = diffusion(lambda x_t, t, context: (x_t + jnp.eye(2)[context], 0 * x_t))
+    with pytest.raises(ValueError, match=r"context must have an axis of covariates; got shape \(\).*event_dim=0"):
+        own.prior({}, context=1)
+    assert own.prior({}, context=1, context_event_dim=0).batch_shape == ()
+    assert own.prior({}, context=jnp.array([0, 1, 1]), context_event_dim=0).batch_shape == (3,)
+    mixed = {"label": jnp.array([0, 1, 1]), "features": jnp.ones((3, 4))}
+    own = diffusion(lambda x_t, t, context: (x_t + jnp.eye(2)[context["label"]], 0 * x_t))
+    assert own.prior({}, context=mixed, context_event_dim=0).batch_shape == (3,)
 
 
 def test_context_that_the_network_does_not_name():
@@ -78,3 +96,30 @@ def test_context_that_is_missing_or_of_another_width():
         diffusion().prior(params, context=jnp.ones((6, 2)))
     with pytest.raises(ValueError, match=r"context must be floating"):
         diffusion().prior(params, context=np.arange(6)[:, None])
+
+
+def test_missing_and_other_values_are_refused_by_name():
+    own = diffusion()
+    good = jnp.ones((6, 3))
+    params = own.init_params(jax.random.key(2), good, 1)
+    bad = good.at[2, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match="context must be finite; 1 of 18 values are NaN or infinite"):
+        own.prior(params, context=bad)
+    with pytest.raises(ValueError, match="context must be finite"):
+        own.prior(params, context=good).with_context(bad)
+    masked = np.ma.masked_array(np.ones((6, 3)), np.eye(6, 3))
+    for context, error, match in (
+        (bad, ValueError, "context must be finite; 1 of 18"),
+        (masked, ValueError, "context must be finite; 3 of 18 values are masked"),
+        (np.array(["a"] * 6), TypeError, "context must hold numbers; got dtype <U1"),
+    ):
+        with pytest.raises(error, match=match):
+            ppd.fit(jax.random.key(0), own, X, context=context, num_steps=1, progress_bar=False)
+
+
+def test_another_context():
+    own = diffusion()
+    params = own.init_params(jax.random.key(2), jnp.ones((6, 3)), 1)
+    prior = own.prior(params, context=jnp.ones((6, 3)))
+    other = jax.random.normal(jax.random.key(3), (2, 3))
+    assert prior.with_context(other) == own.prior(params, context=other)

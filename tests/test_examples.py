@@ -1,6 +1,5 @@
 """Every example runs, in a small form, and writes its figures."""
 
-import os
 import re
 import runpy
 import subprocess
@@ -48,13 +47,13 @@ ROWS = {
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
     "missing_values": ["SMC", "IterativeImputer"],
 }
+# training, figures, a table and the kinds of SMC are in the others
+LONG = ("swiss_roll", "schedules", "posterior_swiss_roll", "posterior_digits", "spatial_prior", "missing_values")
 
 
 def run(module, folder, *options):
-    # a small run is mostly compilation
-    environment = os.environ | ({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if "--small" in options else {})
     command = [sys.executable, "-W", "error", "-m", module, "--figures", str(folder), "--no-progress", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -74,8 +73,10 @@ def test_an_example_runs_as_a_command(tmp_path):
     assert "T = 50" in run("examples.quasi_static", tmp_path, "--small")
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_example(name, tmp_path, monkeypatch, capfd, lightly):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FIGURES]
+)
+def test_example(name, tmp_path, monkeypatch, capfd):
     out = run_here(name, tmp_path, monkeypatch, capfd)
     assert all(row in out for row in ROWS[name])
     assert "nan" not in out

@@ -17,7 +17,7 @@ import pp_diffusion as ppd
 from pp_diffusion import Diffusion, FixedSchedule, GaussianKernel
 
 # the module, which the function of its name hides as an attribute
-fit_module = __import__("sys").modules["pp_diffusion.fit"]
+fit_module = __import__("sys").modules["pp_diffusion.training.fit"]
 
 DATA = jax.random.normal(jax.random.key(0), (300, 2)) @ jnp.array([[1.0, 0.5], [0.0, 0.8]])
 

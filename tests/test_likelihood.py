@@ -10,6 +10,7 @@ from scipy.stats import norm
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
 from pp_diffusion.likelihood import BELIEVABLE, BOUND_ONLY, DOUBTFUL
+from pp_diffusion.weights import weights_of_rows
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
@@ -35,7 +36,7 @@ BINOMIAL = ppd.Diffusion(
 def made_of(*columns):
     """An estimate of given log weights, a column per datum."""
     log_weights = np.stack(columns, -1).astype(float)
-    source = likelihood._Source(GAUSSIAN, np.zeros((len(columns), 2)), 16)
+    source = likelihood.Trajectories(GAUSSIAN, np.zeros((len(columns), 2)), 16)
     return likelihood._summarise(log_weights, None, source)
 
 
@@ -137,8 +138,8 @@ def test_extend_refuses_a_key_that_was_used():
 def test_an_unseen_flip_is_in_the_error_of_discrete_data():
     """All weights equal: of continuous data that is the exact process, of discrete data it may be luck."""
     log_weights, zero = np.zeros((100, 1)), np.zeros(1)
-    source = likelihood._Source(BINOMIAL, np.zeros((1, 2)), 16)
-    lucky = likelihood._summarise(log_weights, likelihood._Bound(zero, zero, 4), source)
+    source = likelihood.Trajectories(BINOMIAL, np.zeros((1, 2)), 16)
+    lucky = likelihood._summarise(log_weights, likelihood.BoundOfBits(zero, zero, 4), source)
     np.testing.assert_allclose([made_of(np.zeros(100)).std_error[0], lucky.std_error[0]], [0, 0.01], atol=1e-12)
 
 
@@ -174,7 +175,7 @@ def test_a_context_of_a_datum_meets_all_data():
 
 def test_it_agrees_with_the_importance_rule():
     """The same average by another route; |z| < 4.5 per datum."""
-    rule = GAUSSIAN.diffusion.prior({}, log_prob=ppd.Importance(KEY, 2000))
+    rule = GAUSSIAN.with_log_prob(ppd.Importance(KEY, 2000))
     estimate = ppd.estimate_log_prob(OTHER, GAUSSIAN, X, 2000)
     difference = estimate.value - np.asarray(rule.log_prob(jnp.asarray(X)))
     assert (np.abs(difference) < Z * np.sqrt(2) * estimate.std_error).all()
@@ -350,12 +351,12 @@ def test_a_model_that_gives_no_numbers_is_named():
 
 def test_one_compilation_serves_all_calls_of_a_shape():
     ppd.estimate_log_prob(KEY, GAUSSIAN, X, 30, chunk_size=20)
-    compiled = likelihood.weights_of_rows._cache_size()
+    compiled = weights_of_rows._cache_size()
     estimate = ppd.estimate_log_prob(OTHER, gaussian(), X + 1, 30, chunk_size=20)  # an equal prior, built anew
     estimate.extend(KEY, 30)
-    assert likelihood.weights_of_rows._cache_size() == compiled
+    assert weights_of_rows._cache_size() == compiled
     ppd.estimate_log_prob(OTHER, GAUSSIAN, X[:4], 30, chunk_size=20)
-    assert likelihood.weights_of_rows._cache_size() == compiled + 1
+    assert weights_of_rows._cache_size() == compiled + 1
 
 
 def test_memory_does_not_grow_with_the_length():
@@ -365,7 +366,7 @@ def test_memory_does_not_grow_with_the_length():
     def temporary(num_timesteps):
         prior = gaussian(schedule=ppd.FixedSchedule.log_linear(num_timesteps))
         rows = jnp.zeros((32, 2))
-        lowered = likelihood.weights_of_rows.lower(prior, rows, None, KEY, 64)
+        lowered = weights_of_rows.lower(prior, rows, KEY, 64)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(50), temporary(500)

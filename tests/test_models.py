@@ -55,17 +55,24 @@ CASES = {"swiss_roll": roll_case, "heartbeat": heartbeat_case, "digits": digits_
 @pytest.mark.parametrize("name", CASES)
 def test_script_has_the_densities_of_diffusion(name):
     script, (diffusion, x, units) = SCRIPTS[name], CASES[name]()
-    params = jax.tree.map(
-        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape),
-        diffusion.init_params(jax.random.key(0)),
-    )
+
+    @jax.jit
+    def drawn():
+        params = jax.tree.map(
+            lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape),
+            diffusion.init_params(jax.random.key(0)),
+        )
+        guided = handlers.substitute(handlers.seed(script.guide, jax.random.key(2)), data=params)
+        return params, handlers.trace(guided).get_trace(x, **units)["path"]["value"]
 
     def log_probs(program, **settings):
-        values = {"path": path, **params}
-        return compute_log_probs(handlers.seed(program, 1), (x,), settings, values, sum_log_prob=False)[0]
+        def of(params, path):
+            values = {"path": path, **params}
+            return compute_log_probs(handlers.seed(program, 1), (x,), settings, values, sum_log_prob=False)[0]
 
-    guided = handlers.substitute(handlers.seed(script.guide, jax.random.key(2)), data=params)
-    path = handlers.trace(guided).get_trace(x, **units)["path"]["value"]
+        return jax.jit(of)(params, path)
+
+    params, path = drawn()
     for ours, theirs in ((diffusion.model, script.model), (diffusion.guide, script.guide)):
         expected, written_out = log_probs(ours), log_probs(theirs, **units)
         assert expected.keys() == written_out.keys()

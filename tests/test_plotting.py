@@ -92,7 +92,7 @@ def estimate(num=100):
     """Of one datum that is believable, one whose weights have a heavy tail, and one whose weights are equal."""
     quantiles = -np.log((np.arange(num) + 0.5) / num)[np.random.default_rng(0).permutation(num)]
     log_weights = np.stack([0.1 * quantiles, 1.5 * quantiles, np.full(num, -1.0)], -1)
-    return likelihood._summarise(log_weights, None, likelihood._Source(None, np.zeros((3, 2)), 1))
+    return likelihood._summarise(log_weights, None, likelihood.Trajectories(None, np.zeros((3, 2)), 1))
 
 
 def test_pareto_k_by_verdict():

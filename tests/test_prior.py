@@ -105,9 +105,9 @@ def test_pytree_round_trip_and_leaves(name):
     again = jax.tree.unflatten(structure, leaves)
     assert vars(again).keys() - {"_validate_args"} == vars(prior).keys() - {"_validate_args"}
     assert (again.batch_shape, again.event_shape) == (prior.batch_shape, prior.event_shape)
-    held = jax.tree.leaves((prior.params, prior.context, prior.diffusion.transform))
-    held += [prior.diffusion.schedule._log_snr] if name != "mlp" else []
-    held += [prior.diffusion.kernel.probs] if name == "binomial" else []
+    held = jax.tree.leaves((prior.process.params, prior.context, prior.transform))
+    held += [prior.process.rates.log_snr]
+    held += [prior.kernel.probs] if name == "binomial" else []
     assert all(any(leaf is array for leaf in leaves) for array in held)
     hash(structure)  # nothing but leaves holds an array
     np.testing.assert_array_equal(again.sample(jax.random.key(0)), prior.sample(jax.random.key(0)))
@@ -142,7 +142,7 @@ def test_samples_are_differentiable():
 
 
 def test_validate_args():
-    prior = ppd.DiffusionPrior(DIFFUSIONS["binomial"], {}, log_prob=ppd.Bound(jax.random.key(0)), validate_args=True)
+    prior = DIFFUSIONS["binomial"].prior({}, log_prob=ppd.Bound(jax.random.key(0)), validate_args=True)
     with pytest.warns(UserWarning, match="Out-of-support"):
         prior.log_prob(jnp.array([0.5, 1.0]))
 

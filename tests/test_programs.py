@@ -21,8 +21,14 @@ from numpyro.infer import (
 from numpyro.infer.util import log_density
 
 import pp_diffusion as ppd
-from pp_diffusion.diffusion import UNIFORM_SHARE, draw_steps, stratified_places, stratified_times
-from pp_diffusion.trajectories import fixed_terms, step_cost
+from pp_diffusion.objectives import (
+    UNIFORM_SHARE,
+    draw_steps,
+    fixed_terms,
+    step_cost,
+    stratified_places,
+    stratified_times,
+)
 
 SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
 X = jnp.array([[0.5, -1.0], [2.0, 0.3], [0.1, 0.2], [-0.7, 1.5]])

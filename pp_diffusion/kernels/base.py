@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +18,9 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from pp_diffusion.frozen import Frozen
-from pp_diffusion.parameterizations import Parameterization
-
-if TYPE_CHECKING:
-    from pp_diffusion.schedules import Rates
+from pp_diffusion.rules import Parameterization
+from pp_diffusion.schedules import Rates
+from pp_diffusion.states import StateSpace
 
 
 class Kernel(Frozen):
@@ -29,7 +28,8 @@ class Kernel(Frozen):
 
     A subclass sets ``event_shape`` (in ``__init__``, by ``self._set``), :attr:`parameterizations` and
     :attr:`event_support`, and defines :meth:`stationary`, :meth:`transition`, :meth:`marginal` and :meth:`posterior`.
-    The other methods have general defaults, to be overridden where a closed form is at hand.
+    The other methods have general defaults, to be overridden where a closed form is at hand. With
+    ``class Own(Kernel, saved_as="Own")`` saved files can name it, where the class has been defined before loading.
 
     Shapes: a state has shape ``(*batch, *event_shape)``; rates (``beta``, ``log_snr``, the fields of
     :class:`~pp_diffusion.schedules.Rates`) are scalars or broadcast against ``batch``; distributions have
@@ -67,9 +67,22 @@ class Kernel(Frozen):
     def event_ndim(self) -> int:
         return len(self.event_shape)
 
+    def batch_shape_of(self, x: Array) -> tuple[int, ...]:
+        """The batch shape of states."""
+        return x.shape[: x.ndim - self.event_ndim]
+
     @property
     def is_discrete(self) -> bool:
         return bool(self.event_support.is_discrete)
+
+    @property
+    def state_space(self) -> StateSpace:
+        """What :class:`~pp_diffusion.SMC` knows of states: how r is averaged over them, and what steps are drawn from.
+
+        :class:`pp_diffusion.states.Continuous` for normal steps, :class:`pp_diffusion.states.Finite` for entries of
+        finitely many values; both need :meth:`x_0_given`, the second :meth:`reverse_given` too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define state_space")
 
     @property
     def support(self) -> constraints.Constraint:
@@ -126,7 +139,7 @@ class Kernel(Frozen):
 
     def prior_kl(self, x_0: Array, log_snr: ArrayLike) -> Array:
         r"""KL(:math:`q(x_T \mid x_0)` ‖ :math:`\pi`), zero where :math:`\beta_T = 1`."""
-        return self.kl(self.marginal(x_0, log_snr), self.stationary().expand(x_0.shape[: x_0.ndim - self.event_ndim]))
+        return self.kl(self.marginal(x_0, log_snr), self.stationary().expand(self.batch_shape_of(x_0)))
 
     def expected_last_step(self, rng_key: Array, x_0: Array, rates: Rates) -> Array:
         r""":math:`E_{q(x_1 \mid x_0)} \log T_\pi(x_0 \mid x_1; \beta_1)`, the fixed last step of the paper (eq. 44).

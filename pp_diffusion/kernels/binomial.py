@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,47 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from pp_diffusion.kernels.base import Kernel, base_of, check_event_shape
-from pp_diffusion.parameterizations import BINOMIAL
-
-if TYPE_CHECKING:
-    from pp_diffusion.schedules import Rates
+from pp_diffusion.rules import Parameterization
+from pp_diffusion.schedules import Rates
+from pp_diffusion.states import Bits
 
 _FLIPS_AT_ONCE = 64  # states with one bit flipped that are in memory together
 
 
-class BinomialKernel(Kernel):
+def _direct(kernel: BinomialKernel, x_t: Array, rates: Rates, probs: Array) -> dist.Distribution:
+    r"""The output is the paper's :math:`f_b`, the probability of a 1 at t-1."""
+    tiny, eps = jnp.finfo(probs.dtype).tiny, jnp.finfo(probs.dtype).eps
+    probs = jnp.clip(probs, tiny, 1 - eps)
+    return kernel.bernoulli(jnp.log(probs) - jnp.log1p(-probs))
+
+
+def _paper(kernel: BinomialKernel, x_t: Array, rates: Rates, logits: Array) -> dist.Distribution:
+    r"""The output is the logit of :math:`f_b` (the paper's sigmoid readout, appendix D.1.2)."""
+    return kernel.bernoulli(logits)
+
+
+def _x0(kernel: BinomialKernel, x_t: Array, rates: Rates, logits: Array) -> dist.Distribution:
+    r"""The output is the logit of :math:`P(x_0 = 1 \mid x_t)`, and
+    :math:`f_b = \sum_{x_0} P(x_0 \mid x_t)\, q(x_{t-1} = 1 \mid x_t, x_0)`, per bit.
+
+    The best factorised reverse step has this form, so nothing is lost by it.
+    """
+    if_one = kernel.posterior_logits(x_t, jnp.ones_like(x_t), rates)
+    if_zero = kernel.posterior_logits(x_t, jnp.zeros_like(x_t), rates)
+    log_one, log_zero = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    log_p = jnp.logaddexp(log_one + jax.nn.log_sigmoid(if_one), log_zero + jax.nn.log_sigmoid(if_zero))
+    log_not_p = jnp.logaddexp(log_one + jax.nn.log_sigmoid(-if_one), log_zero + jax.nn.log_sigmoid(-if_zero))
+    return kernel.bernoulli(log_p - log_not_p)
+
+
+RULES = {
+    "x0": Parameterization(("real",), _x0, shortens=True),
+    "paper": Parameterization(("real",), _paper),
+    "direct": Parameterization(("unit",), _direct),
+}
+
+
+class BinomialKernel(Kernel, saved_as="BinomialKernel"):
     r"""Bit flips :math:`B(x_{t-1}(1-\beta_t) + \pi\beta_t)`, bit by bit, to :math:`B(\pi)`.
 
     All distributions are held by their logits, so that no probability rounds to 0 or above 1.
@@ -35,7 +66,7 @@ class BinomialKernel(Kernel):
 
     data_fields = ("probs",)
     event_support = constraints.boolean
-    parameterizations = BINOMIAL
+    parameterizations = RULES
 
     probs: np.ndarray
 
@@ -49,6 +80,10 @@ class BinomialKernel(Kernel):
         except ValueError:
             raise ValueError(f"probs must broadcast to event_shape {event_shape}; got shape {probs.shape}") from None
         self._set(event_shape=event_shape, probs=probs)
+
+    @property
+    def state_space(self) -> Bits:
+        return Bits(self)
 
     def bernoulli(self, logits: Array) -> dist.Distribution:
         """Independent bits with these logits, kept where both probabilities are positive in floating point."""
@@ -100,7 +135,7 @@ class BinomialKernel(Kernel):
         return self.bernoulli(jnp.log(probs) - jnp.log1p(-probs))
 
     def reverse_given(self, x_t: Array, x_0: dist.Distribution, rates: Rates) -> dist.Distribution:
-        return BINOMIAL["x0"].reverse(self, x_t, rates, base_of(x_0).logits)
+        return _x0(self, x_t, rates, base_of(x_0).logits)
 
     def perturb(
         self, rng_key: Array, distribution: dist.Distribution, log_r: Callable[[Array], Array]

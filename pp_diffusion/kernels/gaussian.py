@@ -1,10 +1,22 @@
-"""Gaussian diffusion, for continuous data."""
+r"""Gaussian diffusion, for continuous data.
+
+The true reverse distribution of a Gaussian diffusion has the variance
+
+.. math::
+    \tilde\beta_t + c_t^2 \operatorname{Var}(x_0 \mid x_t), \qquad
+    c_t = \sqrt{\bar\alpha_{t-1}} (1 - e^{-\Delta_t}),
+
+by the law of total variance, and for data of unit variance it lies between :math:`\tilde\beta_t` and :math:`\beta_t`
+(the paper, eq. 24). The rules that predict :math:`x_0` therefore take a second output s and use
+:math:`\tilde\beta_t + e^s (\beta_t - \tilde\beta_t)`: s = 0 is exact for standard normal data, any variance that a
+reverse step can have is reachable (also where a coordinate's variance exceeds 1), and at t = 1, where
+:math:`\tilde\beta_1 = 0`, it is free.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +26,59 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from pp_diffusion.kernels.base import Kernel, base_of, check_event_shape
-from pp_diffusion.parameterizations import GAUSSIAN
-
-if TYPE_CHECKING:
-    from pp_diffusion.schedules import Rates
+from pp_diffusion.rules import Parameterization
+from pp_diffusion.schedules import Rates
+from pp_diffusion.states import Continuous
 
 _LOG_2_PI_E = math.log(2 * math.pi * math.e)
 _ALMOST_ONE = 1 - 2.0**-24  # ᾱ_T that rounds to 1 would make the prior's KL infinite
 
 
-class GaussianKernel(Kernel):
+def _direct(kernel: GaussianKernel, x_t: Array, rates: Rates, mean: Array, variance: Array) -> dist.Distribution:
+    r"""The outputs are the paper's functions :math:`f_\mu` and :math:`f_\Sigma` (a variance)."""
+    return kernel.normal(mean, variance)
+
+
+def _paper(kernel: GaussianKernel, x_t: Array, rates: Rates, z_mu: Array, z_sigma: Array) -> dist.Distribution:
+    r"""Eqs. 64–65: :math:`\Sigma = \sigma(z^\Sigma + \sigma^{-1}(\beta_t))` and
+    :math:`\mu = (x_t - z^\mu)(1-\Sigma) + z^\mu`.
+
+    It represents variances in (0, 1). With :math:`z^\mu = 0` the mean is :math:`x_t(1-\beta_t)`, not the kernel's
+    :math:`x_t\sqrt{1-\beta_t}`.
+    """
+    logit = z_sigma + kernel.over_events(jnp.log(rates.beta) - jnp.log(rates.retained))
+    return kernel.normal((x_t - z_mu) * jax.nn.sigmoid(-logit) + z_mu, jax.nn.sigmoid(logit))
+
+
+def _x0(kernel: GaussianKernel, x_t: Array, rates: Rates, x_0: Array, log_excess: Array) -> dist.Distribution:
+    r"""The first output predicts :math:`x_0`; the second is s (see the file's head)."""
+    mean, variance = kernel.posterior_moments(x_t, x_0, rates)
+    room = rates.previous_alpha_bar * rates.innovation**2 * rates.erased  # β_t − β̃_t, without cancellation
+    return kernel.normal(mean, variance + kernel.over_events(room) * jnp.exp(log_excess))
+
+
+def _v(kernel: GaussianKernel, x_t: Array, rates: Rates, velocity: Array, log_excess: Array) -> dist.Distribution:
+    r"""The first output predicts :math:`v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0`."""
+    signal, noise = kernel.over_events(jnp.sqrt(rates.alpha_bar)), kernel.over_events(jnp.sqrt(rates.erased))
+    return _x0(kernel, x_t, rates, signal * x_t - noise * velocity, log_excess)
+
+
+def _noise(kernel: GaussianKernel, x_t: Array, rates: Rates, epsilon: Array, log_excess: Array) -> dist.Distribution:
+    r"""The first output predicts the noise :math:`\epsilon` in :math:`x_t`; infinite where :math:`\bar\alpha_t = 0`."""
+    signal, sd = kernel.over_events(jnp.sqrt(rates.alpha_bar)), kernel.over_events(jnp.sqrt(rates.erased))
+    return _x0(kernel, x_t, rates, (x_t - sd * epsilon) / signal, log_excess)
+
+
+RULES = {
+    "v": Parameterization(("real", "real"), _v, shortens=True),
+    "x0": Parameterization(("real", "real"), _x0, shortens=True),
+    "noise": Parameterization(("real", "real"), _noise, shortens=True, allows_full_erasure=False),
+    "paper": Parameterization(("real", "real"), _paper),
+    "direct": Parameterization(("real", "positive"), _direct),
+}
+
+
+class GaussianKernel(Kernel, saved_as="GaussianKernel"):
     r"""Gaussian diffusion :math:`N(x_{t-1}\sqrt{1-\beta_t},\ \beta_t)` to :math:`\pi = N(0, 1)`.
 
     :param tuple event_shape: the shape of one datum.
@@ -38,7 +93,7 @@ class GaussianKernel(Kernel):
     """
 
     event_support = constraints.real
-    parameterizations = GAUSSIAN
+    parameterizations = RULES
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         self._set(event_shape=check_event_shape(event_shape))
@@ -46,6 +101,10 @@ class GaussianKernel(Kernel):
     def normal(self, mean: Array, variance: Array) -> dist.Distribution:
         """A diagonal normal distribution over states."""
         return dist.Normal(mean, jnp.sqrt(variance), validate_args=False).to_event(self.event_ndim)
+
+    @property
+    def state_space(self) -> Continuous:
+        return Continuous(self)
 
     def stationary(self) -> dist.Distribution:
         return self.normal(jnp.zeros(self.event_shape), jnp.ones(self.event_shape))

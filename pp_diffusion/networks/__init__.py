@@ -7,5 +7,6 @@ Each is called as ``network(x_t, t, log_snr=..., context=...)`` and returns one 
 from pp_diffusion.networks.entrywise import Entrywise as Entrywise
 from pp_diffusion.networks.mlp import MLP as MLP
 from pp_diffusion.networks.rbf import RBF as RBF
+from pp_diffusion.networks.unet import UNet as UNet
 
-__all__ = ["MLP", "RBF", "Entrywise"]
+__all__ = ["MLP", "RBF", "Entrywise", "UNet"]

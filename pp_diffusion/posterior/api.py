@@ -14,11 +14,13 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from pp_diffusion.checks import positive_int
-from pp_diffusion.posterior.factors import read_model
+from pp_diffusion.posterior.factors import Factors, read_model
 from pp_diffusion.posterior.particles import log_mean
+from pp_diffusion.posterior.plain import plain_evidence
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
 from pp_diffusion.posterior.twists import as_twist
+from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
 from pp_diffusion.units import nats_to_bits
 
 
@@ -45,6 +47,8 @@ class SMC:
     :param num_chains: independent systems with ``num_particles`` each; from 8 on, they give ``log_evidence_error``.
     :param num_moves: Metropolis steps for other latents after each resampling, with scales by the particles' spread
         (the evidence is unbiased up to a share of the order of one over ``num_particles`` then).
+    :param plain_share: so many plain draws of the prior for each particle give a second estimate of the evidence. A run
+        that missed what they found is called collapsed. 0 does without.
     :param progress_bar: shows one, over time steps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
@@ -69,13 +73,14 @@ class SMC:
 
     def __init__(
         self,
-        model: Callable,
+        model: Callable[..., Any],
         *,
         num_particles: int,
         twist: Any = None,
         ess_threshold: float = 0.5,
         num_chains: int = 1,
         num_moves: int = 5,
+        plain_share: float = 0.125,
         progress_bar: bool = True,
     ) -> None:
         if not callable(model):
@@ -84,7 +89,9 @@ class SMC:
             raise ValueError(f"ess_threshold must be in [0, 1]; got {ess_threshold}")
         if isinstance(num_moves, bool) or not isinstance(num_moves, int) or num_moves < 0:
             raise ValueError(f"num_moves must be an integer >= 0; got {num_moves!r}")
-        self.model = model
+        if not 0 <= plain_share <= 1:
+            raise ValueError(f"plain_share must be in [0, 1]; got {plain_share}")
+        self.model, self.plain_share = model, float(plain_share)
         self.num_particles = positive_int("num_particles", num_particles)
         self.num_chains = positive_int("num_chains", num_chains)
         self.twist = as_twist(twist)
@@ -119,9 +126,15 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        run = Run(sampler, state, infos, partial(self.model, *args, **kwargs))
+        plain = self._plain_evidence(rng_key, factors)
+        run = Run(sampler, state, infos, partial(self.model, *args, **kwargs), plain)
         run.check()
         self._run = run
+        run.warn()
+
+    def _plain_evidence(self, rng_key: Array, factors: Factors) -> Plain | None:
+        num_draws = int(self.plain_share * self.num_particles * self.num_chains)
+        return plain_evidence(jax.random.fold_in(rng_key, 1), factors, num_draws) if num_draws else None
 
     @property
     def _done(self) -> Run:
@@ -137,9 +150,26 @@ class SMC:
         return _plain(self._done.log_evidence)
 
     @property
+    def log_evidences(self) -> np.ndarray:
+        """The log of each chain's estimate, nats, shape ``(num_chains, *systems)``."""
+        return self._done.log_evidences
+
+    @property
     def log_evidence_error(self) -> Any:
-        """Its standard error, nats, by the spread of the chains; NaN with fewer than 8 of them."""
+        """Its standard error, nats, by the spread of the chains, so scaled that ±2 of it cover 95 % (Student's t). NaN
+        with fewer than 8 chains, and where the run collapsed."""
         return _plain(self._done.log_evidence_error)
+
+    @property
+    def verdict(self) -> Any:
+        """``"believable"``, ``"doubtful"`` or ``"collapsed"``; for x in a plate, an array with one for each system.
+        :meth:`print_summary` has the reasons."""
+        return _plain(self._done.verdict)
+
+    @property
+    def reliable(self) -> Any:
+        """Whether the verdict is ``"believable"``; for x in a plate, an array."""
+        return _plain(self._done.verdict == BELIEVABLE)
 
     @property
     def ess(self) -> np.ndarray:
@@ -148,9 +178,24 @@ class SMC:
         return self._done.ess
 
     @property
+    def state(self) -> SMCState:
+        """The particles at t = 0, of equal weights; ``log_weights`` are those of before the last resampling."""
+        return self._done.state
+
+    @property
+    def infos(self) -> SMCInfo:
+        """What happened at t = 0…T; arrays of shape ``(T + 1, num_chains, number of systems)``."""
+        return self._done.infos
+
+    @property
     def twist_rules(self) -> dict[str, str]:
         """Per observed site, the form that the twist gives it."""
         return self._done.rules
+
+    @property
+    def observed_values(self) -> dict[str, Array]:
+        """The values of the observed sites, ``numpyro.factor`` apart."""
+        return self._done.sampler.factors.observed_values()
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
         """Draws of the posterior, of equal weights: all latent sites, in data units.
@@ -247,4 +292,4 @@ def _refuse_tracers(rng_key: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _plain(values: np.ndarray) -> Any:
-    return values if np.ndim(values) else float(values)
+    return values if np.ndim(values) else values.item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,31 +44,40 @@ class RandomWalk(NamedTuple):
         return _unflatten(flat + 2.38 / math.sqrt(flat.shape[-1]) * scale * direction, latents)
 
 
+class Position(NamedTuple):
+    """Where a particle's latents are, and what follows from that.
+
+    :ivar latents: in unconstrained space.
+    :ivar log_density: of the moves' target.
+    :ivar carried: what was computed with it, arrays of particles.
+    """
+
+    latents: Latents
+    log_density: Array
+    carried: Any
+
+
 def move(
-    rng_key: Array,
-    factors: Factors,
-    latents: Latents,
-    log_target: Callable[[Latents], Array],
-    log_now: Array,
-    num_moves: int,
-) -> tuple[Latents, Array]:
+    rng_key: Array, factors: Factors, start: Position, target: Callable[[Latents], Position], num_moves: int
+) -> tuple[Position, Array]:
     """So many Metropolis moves of the latents, and the share that was accepted, shape ``(C, S)``.
 
     Continuous latents move by a random walk, discrete ones by new draws of their prior; where there are both, in turn,
     so many times each.
 
-    :param log_target: the log density that the moves leave invariant.
-    :param log_now: its value at the start.
+    :param target: the position at other latents; the moves leave its density invariant.
     """
+    latents = start.latents
     continuous = {name: u for name, u in latents.items() if jnp.issubdtype(u.dtype, jnp.floating)}
     has_discrete = len(continuous) < len(latents)
     walk = RandomWalk.over(continuous) if continuous else None
     num_moves *= 2 if walk and has_discrete else 1
+    batch = start.log_density.shape
 
     def by_walk(key: Array, latents: Latents) -> tuple[Latents, Array]:
         assert walk is not None
         moved = walk.propose(key, {name: latents[name] for name in continuous})
-        return {**latents, **moved}, jnp.zeros_like(log_now)
+        return {**latents, **moved}, jnp.zeros(batch)
 
     def by_prior(key: Array, latents: Latents) -> tuple[Latents, Array]:
         return redraw_discrete(factors, key, latents)
@@ -80,19 +89,18 @@ def move(
             return by_walk(key, latents)
         return jax.lax.cond(i % 2 == 0, by_prior, by_walk, key, latents)
 
-    def one(i: Array, carry: tuple[Latents, Array, Array]) -> tuple[Latents, Array, Array]:
-        latents, log_now, accepted = carry
+    def one(i: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
+        now, accepted = carry
         draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
-        proposed, log_ratio = propose(i, draw_key, latents)
-        log_new = log_target(proposed)
-        log_accept = jnp.where(jnp.isnan(log_new), -jnp.inf, log_new) - log_now + log_ratio
-        accept = jnp.log(jax.random.uniform(accept_key, log_now.shape)) < log_accept
-        latents = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), proposed, latents)
-        return latents, jnp.where(accept, log_new, log_now), accepted + accept.mean(0)
+        proposed, log_ratio = propose(i, draw_key, now.latents)
+        new = target(proposed)
+        log_new = jnp.where(jnp.isnan(new.log_density), -jnp.inf, new.log_density)
+        accept = jnp.log(jax.random.uniform(accept_key, batch)) < log_new - now.log_density + log_ratio
+        now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), new, now)
+        return now, accepted + accept.mean(0)
 
-    start = (latents, log_now, jnp.zeros(log_now.shape[1:]))
-    latents, _, accepted = jax.lax.fori_loop(0, num_moves, one, start)
-    return latents, accepted / num_moves
+    end, accepted = jax.lax.fori_loop(0, num_moves, one, (start, jnp.zeros(batch[1:])))
+    return end, accepted / num_moves
 
 
 def _flatten(latents: Latents) -> Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,9 +19,19 @@ from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Factors, Latents
 from pp_diffusion.posterior.particles import gather, systematic
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState
+from pp_diffusion.posterior.verdicts import (
+    BELIEVABLE,
+    COLLAPSED,
+    DOUBTFUL,
+    FEWEST_CHAINS,
+    CollapseWarning,
+    Findings,
+    Plain,
+    Verdict,
+    evidence_error,
+    judge,
+)
 from pp_diffusion.units import nats_to_bits
-
-FEWEST_CHAINS = 8  # for an error of the evidence
 
 
 class Run:
@@ -30,14 +41,30 @@ class Run:
     :param state: the particles at t = 0.
     :param infos: what happened at t = 0…T, in this order.
     :param model: the user's model with its arguments bound.
+    :param plain: a second estimate of the evidence.
     """
 
-    def __init__(self, sampler: Sampler, state: SMCState, infos: SMCInfo, model: Callable[[], Any]) -> None:
+    def __init__(
+        self, sampler: Sampler, state: SMCState, infos: SMCInfo, model: Callable[[], Any], plain: Plain | None
+    ) -> None:
         self.sampler, self.state, self.model = sampler, state, model
         self.infos: SMCInfo = jax.tree.map(np.asarray, infos)
         self.num_particles, self.num_chains = state.log_weights.shape[:2]
         self.shape = (self.num_chains, *sampler.factors.systems)
         self.log_evidences = np.asarray(state.log_evidence, np.float64).reshape(self.shape)
+        self.findings = Findings(
+            log_evidences=np.asarray(state.log_evidence, np.float64),
+            final_ess=self.infos.ess[0],
+            least_ess=self.infos.ess.min(0),
+            independent_draws=np.asarray(_independent_draws(state), np.float64),
+            num_particles=self.num_particles,
+            plain=plain,
+        )
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """One for each system."""
+        return judge(self.findings)
 
     # --- evidence ----------------------------------------------------------------------------------------------
 
@@ -48,11 +75,14 @@ class Run:
 
     @property
     def log_evidence_error(self) -> np.ndarray:
-        """Its standard error by the spread of the chains; NaN with fewer than eight."""
-        if self.num_chains < FEWEST_CHAINS:
-            return np.full(self.log_evidences.shape[1:], np.nan)
-        relative = np.exp(self.log_evidences - self.log_evidence)
-        return np.asarray(relative.std(0, ddof=1) / math.sqrt(self.num_chains))
+        """Per system; NaN with fewer than eight chains, and where a system collapsed."""
+        error = np.where(self.verdict.ravel() == COLLAPSED, np.nan, evidence_error(self.findings))
+        return np.asarray(error.reshape(self.shape[1:]))
+
+    @property
+    def verdict(self) -> np.ndarray:
+        """Per system: ``"believable"``, ``"doubtful"`` or ``"collapsed"``."""
+        return np.array([verdict.name for verdict in self.verdicts]).reshape(self.shape[1:])
 
     @property
     def ess(self) -> np.ndarray:
@@ -85,6 +115,16 @@ class Run:
         if np.isneginf(self.log_evidences).all(0).any():
             raise ValueError(f"the model's likelihood is zero at every particle; it is that of the sites {names}")
 
+    def warn(self) -> None:
+        """Says which systems collapsed, and what to do."""
+        if complaint := self._complaint_in_words(COLLAPSED):
+            warnings.warn(
+                f"SMC collapsed {complaint}. Neither these draws nor their evidence can be believed: take more "
+                "particles or another twist, or NUTS with pp_diffusion.TrajectoryReparam",
+                CollapseWarning,
+                stacklevel=3,
+            )
+
     # --- draws -------------------------------------------------------------------------------------------------
 
     def samples(self, group_by_chain: bool) -> dict[str, Array]:
@@ -108,7 +148,9 @@ class Run:
         infos, many = self.infos, math.prod(self.shape)
         final, least = infos.ess[0], infos.ess.min(0)
         found = "; ".join(f"{name}: {rule}" for name, rule in self.rules.items())
-        ancestors = [len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(len(final), -1).T]
+        ancestors = [
+            len(np.unique(column)) for column in np.asarray(self.state.lineage).reshape(self.num_particles, -1).T
+        ]
         lines = [
             self._evidence_in_words(),
             f"{self.num_particles} particles in {many} system{'s' if many > 1 else ''}; effective at the end: "
@@ -123,21 +165,37 @@ class Run:
             lines.append(f"the likelihood is zero at all particles of the chains {dead}")
         if infos.moved.any():
             lines.append(f"moves of other latents accepted: {infos.acceptance[infos.moved].mean():.2f}")
-        if final.min() < 2 or least.min() < max(2.0, 0.005 * self.num_particles):
-            lines.append(
-                "COLLAPSED: a handful of particles carries all the weight somewhere along the way. Neither the draws "
-                "nor the evidence can be believed; take more particles, or another twist"
-            )
-        elif least.min() < 0.05 * self.num_particles:
-            lines.append("few particles carried the weight at some step: compare chains, or take more particles")
+        lines.append(self._verdict_in_words())
         return "\n".join(lines)
 
     def _evidence_in_words(self) -> str:
         value, error = np.sum(self.log_evidence), np.sqrt(np.sum(np.square(self.log_evidence_error)))
-        spread = f"error unknown: it needs {FEWEST_CHAINS} chains" if np.isnan(error) else f"± {error:.4f}"
+        unknown = f"it needs {FEWEST_CHAINS} chains" if self.num_chains < FEWEST_CHAINS else "particles collapsed"
+        spread = f"error unknown: {unknown}" if np.isnan(error) else f"± {error:.4f}"
         systems = self.log_evidence.size
         whole = f" in all of {systems} systems" if systems > 1 else ""
         return f"log evidence{whole}: {value:.4f} nats ({nats_to_bits(value):.4f} bits), {spread}"
+
+    def _verdict_in_words(self) -> str:
+        complaints = [self._complaint_in_words(name) for name in (COLLAPSED, DOUBTFUL)]
+        found = [f"{name} {words}" for name, words in zip(("COLLAPSED", "doubtful"), complaints, strict=True) if words]
+        if not found:
+            return BELIEVABLE
+        rest = int(np.sum(self.verdict == BELIEVABLE))
+        others = f"; the other {rest} systems are believable" if rest else ""
+        return "; ".join(found) + others
+
+    def _complaint_in_words(self, name: str) -> str:
+        """Which systems have this verdict, and why the first one has; empty for none."""
+        which = [s for s, verdict in enumerate(self.verdicts) if verdict.name == name]
+        if not which:
+            return ""
+        reasons = ", and ".join(self.verdicts[which[0]].reasons)
+        if len(self.verdicts) == 1:
+            return f"({reasons})"
+        named = ", ".join(str(tuple(map(int, np.unravel_index(s, self.shape[1:])))) for s in which[:8])
+        more = f" and {len(which) - 8} more" if len(which) > 8 else ""
+        return f"in {len(which)} of {len(self.verdicts)} systems, {named}{more} (of the first: {reasons})"
 
     # --- ArviZ -------------------------------------------------------------------------------------------------
 
@@ -209,3 +267,17 @@ def _pooled(state: SMCState) -> tuple[Array, Latents]:
     weights = pool(jnp.broadcast_to(state.log_evidence, state.log_weights.shape))
     key = jax.random.fold_in(state.rng_key, 1)
     return gather(systematic(key, weights), jax.tree.map(pool, (state.x, state.latents)))
+
+
+@jax.jit
+def _independent_draws(state: SMCState) -> Array:
+    """Per system, how many independent draws each chain is worth, by the spread of the chains' means; NaN with one."""
+    if state.log_weights.shape[1] == 1:
+        return jnp.full(state.log_evidence.shape[1:], jnp.inf)
+    kept = [state.x, *(u for u in state.latents.values() if jnp.issubdtype(u.dtype, jnp.floating))]
+    draws = jnp.concatenate([a.reshape(*a.shape[:3], -1) for a in kept], -1)
+    between, within = draws.mean(0).var(0, ddof=1), draws.var(0).mean(0)
+    total = within + between
+    varies = total > 0
+    share = jnp.where(varies, between / jnp.where(varies, total, 1.0), 0.0).sum(-1) / jnp.maximum(varies.sum(-1), 1)
+    return 1 / jnp.maximum(share, 1e-9)

@@ -11,6 +11,7 @@ Arrays of particles have shape ``(P, C, S, …)``: P particles, C chains, S syst
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jax import Array
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Exact, Factors, Latents
-from pp_diffusion.posterior.moves import move
+from pp_diffusion.posterior.moves import Position, move
 from pp_diffusion.posterior.particles import ess, gather, log_mean, systematic
 from pp_diffusion.posterior.prediction import predict, predict_last, predict_start
 from pp_diffusion.posterior.twists import Twist
@@ -156,11 +157,12 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     end = SMCInfo(ess(log_weights), jnp.ones_like(nothing, bool), num_bad, jnp.zeros_like(nothing, bool), nothing)
     if sampler.moves_latents:
 
-        def log_target(u: Latents) -> Array:
+        def target(u: Latents) -> Position:
             reading = factors.read(x, u)
-            return reading.log_prior + reading.log_r
+            return Position(u, reading.log_prior + reading.log_r, ())
 
-        latents, acceptance = move(move_key, factors, latents, log_target, log_joint, 4 * sampler.num_moves)
+        start = Position(latents, log_joint, ())
+        (latents, _, _), acceptance = move(move_key, factors, start, target, 4 * sampler.num_moves)
         end = end._replace(moved=jnp.ones_like(nothing, bool), acceptance=acceptance)
     state = state._replace(
         x=x,
@@ -175,6 +177,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
 
 def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction]) -> tuple[SMCState, SMCInfo]:
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
+    factors = sampler.factors
     found = sampler.twist_at(state, predict_at(state.x), state.latents)
     is_finite = jnp.isfinite(found.log_twist)
     # what is not finite counts as the least of what is: one number for all, which no move of a latent can change
@@ -191,7 +194,11 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
         x, latents, lineage, found = gather(jnp.where(needed, systematic(resample_key, log_weights), kept), parts)
         if not sampler.moves_latents:
             return x, latents, lineage, found, no_moves
-        return x, *_move(sampler, state, move_key, predict_at(x), fallback, (latents, lineage, found))
+        found_at = partial(_at_latents, sampler, state, predict_at(x), fallback)
+        prior = factors.read(x, latents).log_prior
+        start = Position(latents, found.log_twist + prior, found)
+        (latents, _, found), acceptance = move(move_key, factors, start, found_at, sampler.num_moves)
+        return x, latents, lineage, found, acceptance
 
     def keep(parts: Any) -> Any:
         return *parts, no_moves
@@ -214,30 +221,13 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     return state, info
 
 
-def _move(
-    sampler: Sampler,
-    state: SMCState,
-    rng_key: Array,
-    prediction: Prediction,
-    fallback: Array,
-    parts: tuple[Latents, Array, Guided],
-) -> tuple[Latents, Array, Guided, Array]:
-    """Moves the latents under twist times prior, at the particles of ``prediction``."""
-    latents, lineage, found = parts
-    factors = sampler.factors
-
-    def guided(u: Latents) -> Guided:
-        return _with_fallback(sampler.twist_at(state, prediction, u), fallback)
-
-    def log_prior(u: Latents) -> Array:
-        return factors.read(prediction.x_0, u).log_prior
-
-    def log_target(u: Latents) -> Array:
-        return guided(u).log_twist + log_prior(u)
-
-    log_now = found.log_twist + log_prior(latents)
-    moved, acceptance = move(rng_key, factors, latents, log_target, log_now, sampler.num_moves)
-    return moved, lineage, guided(moved), acceptance
+def _at_latents(
+    sampler: Sampler, state: SMCState, prediction: Prediction, fallback: Array, latents: Latents
+) -> Position:
+    """Twist times prior at other latents, at the particles of ``prediction``."""
+    found = _with_fallback(sampler.twist_at(state, prediction, latents), fallback)
+    log_prior = sampler.factors.read(prediction.x_t, latents).log_prior
+    return Position(latents, found.log_twist + log_prior, found)
 
 
 def _with_fallback(found: Guided, fallback: Array) -> Guided:

@@ -269,7 +269,7 @@ def test_the_mean_of_the_weights_is_p_of_x_for_a_wrong_model():
     assert ratio.std(0).min() > 0.05
     assert np.abs(oracles.z_score(ratio, 1.0)).max() < Z
     # and the same number by the prior's own log_prob: a log of a mean of 4096, within 0.05
-    prior = prior.diffusion.prior(prior.params, log_prob=ppd.Importance(jax.random.key(9), 4096))
+    prior = prior.with_log_prob(ppd.Importance(jax.random.key(9), 4096))
     np.testing.assert_allclose(prior.log_prob(jnp.asarray(X)), model.log_prob(X), atol=0.05)
 
 
@@ -328,7 +328,7 @@ def test_the_transforms_jacobian_enters_value_null_and_log_prob():
     np.testing.assert_allclose(bound.log_abs_det, np.log(np.abs(scale)).sum(), rtol=1e-5)
     np.testing.assert_allclose(bound.value, -bound.kl_per_step.sum(-1) - bound.prior_kl - bound.log_abs_det, atol=2e-5)
     for rule in (ppd.Bound(jax.random.key(13)), ppd.Importance(jax.random.key(13), 2)):
-        ruled = prior.diffusion.prior(prior.params, log_prob=rule)
+        ruled = prior.with_log_prob(rule)
         np.testing.assert_allclose(ruled.log_prob(jnp.asarray(y)), log_prob, atol=1e-3)
 
 

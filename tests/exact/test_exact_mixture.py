@@ -174,7 +174,7 @@ def run_by_hand(prior, y, matrix, covariance, num_particles, **kwargs):
     parts = mixture.by_hand(prior, y, matrix, covariance)
     result = handwritten_smc.run(jax.random.key(0), *parts, num_particles, **kwargs)
     z = handwritten_smc.equally_weighted(jax.random.key(1), result)
-    return result, np.asarray(z if prior.diffusion.transform is None else prior.diffusion.transform(z))
+    return result, np.asarray(z if prior.transform is None else prior.transform(z))
 
 
 @pytest.mark.parametrize("low_snr", [-20.0, -6.0, 20.0])

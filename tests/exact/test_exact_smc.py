@@ -163,15 +163,7 @@ def test_exact_and_noisy_observations_in_data_units():
     data, loc, scale = ASYMMETRIC, np.array([3.0, -20.0]), np.array([0.1, 7.0])
     bare, mean, covariance = linear_prior(data, 100)
     transform = dist.transforms.AffineTransform(jnp.asarray(loc, float), jnp.asarray(scale, float))
-    diffusion = bare.diffusion
-    prior = ppd.Diffusion(
-        diffusion.kernel,
-        diffusion.schedule,
-        diffusion.network.module,
-        parameterization="direct",
-        last_step="network",
-        transform=transform,
-    ).prior({})
+    prior = ppd.DiffusionPrior(bare.process, transform)
 
     def model(y, known):
         x = numpyro.sample("x", prior)

@@ -6,7 +6,6 @@ The file is a zip archive (NumPy's ``.npz``): ``header.json`` names the parts an
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -23,53 +22,52 @@ import numpyro
 from numpyro.distributions import transforms as numpyro_transforms
 
 from pp_diffusion import networks
-from pp_diffusion.bounds import Bound
 from pp_diffusion.diffusion import Diffusion
-from pp_diffusion.frozen import Frozen, is_key
-from pp_diffusion.kernels import BinomialKernel, GaussianKernel, Kernel
-from pp_diffusion.likelihood import Importance
-from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.schedules import FixedSchedule, LearnedSchedule, Schedule
+from pp_diffusion.frozen import SAVED, Frozen, is_key
+from pp_diffusion.kernels import Kernel
+from pp_diffusion.last_step import LAST_STEPS, LastStep
+from pp_diffusion.prior import DiffusionPrior, check_prior
+from pp_diffusion.reverse import Network, ReverseProcess
+from pp_diffusion.schedules import Rates, Schedule
 from pp_diffusion.transforms import UniformBlocks
+from pp_diffusion.version import __version__
 
 FORMAT = "pp_diffusion prior"
-FORMAT_VERSION = 1
-STOCK: dict[str, type[Frozen]] = {
-    c.__name__: c for c in (GaussianKernel, BinomialKernel, FixedSchedule, LearnedSchedule, Bound, Importance)
-}
-STOCK_NETWORKS = {"MLP": networks.MLP, "RBF": networks.RBF, "Entrywise": networks.Entrywise}
+#: Version 1 held the schedule and its parameters; version 2 holds the rates of the chain.
+FORMAT_VERSION = 2
+STOCK_NETWORKS: dict[str, type[nn.Module]] = {name: getattr(networks, name) for name in networks.__all__}
 STOCK_TRANSFORMS = {"UniformBlocks": UniformBlocks}
 
 
 def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
     """Writes a trained diffusion to one file, whole or not at all.
 
-    :param path: the file; an existing one is replaced once the new one is complete.
+    :param path: the file; an existing one is replaced once the new one is complete. Its mode is kept, and a symbolic
+        link to it.
     :param DiffusionPrior prior: what to save: ``fit.prior`` or ``diffusion.prior(params)``.
     :raises TypeError: for parts that the file cannot describe: a kernel, schedule or transform of the user's own.
         A network of the user's own is noted by name, and :func:`load` asks for it.
+    :raises OSError: naming ``path``, if it is a folder, or in a folder that is not there.
     """
-    if not isinstance(prior, DiffusionPrior):
-        raise TypeError(f"prior must be a DiffusionPrior, such as fit.prior; got {type(prior).__name__}")
-    diffusion = prior.diffusion
+    check_prior(prior)
+    process = prior.process
     arrays: dict[str, np.ndarray] = {}
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {m.__name__: m.__version__ for m in (jax, numpyro, np)} | {"pp_diffusion": _own_version()},
+        "versions": {m.__name__: m.__version__ for m in (jax, numpyro, np)} | {"pp_diffusion": __version__},
         "diffusion": {
-            "name": diffusion.name,
-            "parameterization": diffusion.parameterization,
-            "last_step": diffusion.last_step,
-            "kernel": _pack_part(diffusion.kernel, "kernel", arrays),
-            "schedule": _pack_part(diffusion.schedule, "schedule", arrays),
-            "transform": _pack_transform(diffusion.transform, "transform", arrays),
-            "network": _pack_network(diffusion.network.module),
+            "parameterization": process.parameterization,
+            "last_step": process.last_step.name,
+            "last_step_settings": _settings_of(process.last_step),
+            "kernel": _pack_part(process.kernel, "kernel", arrays),
+            "schedule": _pack_rates(process.rates, arrays),
+            "transform": _pack_transform(prior.transform, "transform", arrays),
+            "network": _pack_network(process.network.module),
         },
-        "num_timesteps": prior.num_timesteps,
-        "params": _pack_tree(prior.params, "params", arrays),
-        "context": _pack_tree(prior.context, "context", arrays),
-        "context_event_dim": _context_event_dim(prior),
+        "params": _pack_tree(process.params, "params", arrays),
+        "context": _pack_tree(process.context, "context", arrays),
+        "context_batch_ndim": process.context_batch_ndim,
         "log_prob": None if prior.log_prob_rule is None else _pack_part(prior.log_prob_rule, "log_prob", arrays),
     }
     _write_whole(Path(path), header, arrays)
@@ -87,44 +85,54 @@ def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
     header, arrays = _read(Path(path))
     try:
         return _unpack(header, arrays, network)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a header's wrong words lead to
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any) -> DiffusionPrior:
     parts = header["diffusion"]
-    described = parts["network"]
-    if "fields" in described and network is None:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["fields"].items()}
-        network = STOCK_NETWORKS[described["type"]](**fields)
-    elif network is None:
-        raise ValueError(
-            f"network is needed: the file was saved with {described['type']!r}, which is not a stock network"
+    kernel, transform = _unpack_part(parts["kernel"], arrays), _unpack_transform(parts["transform"], arrays)
+    if not isinstance(kernel, Kernel):
+        raise TypeError("kernel is not what it should be")
+    params, context = (_unpack_tree(header[name], arrays) for name in ("params", "context"))
+    rule = None if header["log_prob"] is None else _unpack_part(header["log_prob"], arrays)
+    network = _unpack_network(parts["network"], network)
+    last_step = LAST_STEPS[parts["last_step"]](**parts.get("last_step_settings", {}))
+    if header["format_version"] == 1:
+        schedule = _unpack_part(parts["schedule"], arrays)
+        if not isinstance(schedule, Schedule):
+            raise TypeError("schedule is not what it should be")
+        diffusion = Diffusion(
+            kernel,
+            schedule,
+            network,
+            parameterization=parts["parameterization"],
+            last_step=last_step,
+            transform=transform,
+            name=parts["name"],
         )
-    kernel, schedule = _unpack_part(parts["kernel"], arrays), _unpack_part(parts["schedule"], arrays)
-    if not isinstance(kernel, Kernel) or not isinstance(schedule, Schedule):
-        raise TypeError("kernel and schedule are not what they should be")
-    diffusion = Diffusion(
+        return diffusion.prior(
+            params,
+            context=context,
+            num_timesteps=header["num_timesteps"],
+            log_prob=rule,
+            context_event_dim=header["context_event_dim"],
+        )
+    rates = _unpack_rates(parts["schedule"], arrays)
+    outputs = kernel.parameterizations[parts["parameterization"]].outputs
+    process = ReverseProcess(
         kernel,
-        schedule,
-        network,
+        rates,
+        Network(network).configured(num_timesteps=int(rates.t[-1]), outputs=outputs),
+        params,
         parameterization=parts["parameterization"],
-        last_step=parts["last_step"],
-        transform=_unpack_transform(parts["transform"], arrays),
-        name=parts["name"],
+        last_step=last_step.bound(kernel, transform),
+        context=context,
+        context_batch_ndim=header["context_batch_ndim"],
     )
-    return diffusion.prior(
-        _unpack_tree(header["params"], arrays),
-        context=_unpack_tree(header["context"], arrays),
-        num_timesteps=header["num_timesteps"],
-        log_prob=None if header["log_prob"] is None else _unpack_part(header["log_prob"], arrays),
-        context_event_dim=header["context_event_dim"],
-    )
-
-
-def _context_event_dim(prior: DiffusionPrior) -> int | None:
-    leaves = jax.tree.leaves(prior.context)
-    return min(map(jnp.ndim, leaves)) - prior.context_batch_ndim if leaves else None
+    return DiffusionPrior(process, transform, log_prob=rule)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -137,26 +145,45 @@ class _Leaf(NamedTuple):
     member: str
 
 
+def _settings_of(last_step: LastStep) -> dict[str, Any]:
+    if LAST_STEPS.get(last_step.name) is not type(last_step):
+        raise TypeError(f"last_step must be a stock one to be saved; got {type(last_step).__qualname__}")
+    return {k: v for k, v in vars(last_step).items() if k not in last_step.data_fields}
+
+
+def _pack_rates(rates: Rates, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    for field, value in rates._asdict().items():
+        _put(f"schedule.{field}", value, arrays)
+    return {"type": "Rates", "arrays": {field: f"schedule.{field}" for field in rates._fields}}
+
+
+def _unpack_rates(packed: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rates:
+    if packed["type"] != "Rates":
+        raise TypeError(f"schedule is not what it should be: {packed['type']}")
+    return Rates(*(jnp.asarray(arrays[packed["arrays"][field]]) for field in Rates._fields))
+
+
 def _pack_part(part: Frozen, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    kind = type(part).__name__
-    if STOCK.get(kind) is not type(part):
+    kind = next((kind for kind, cls in SAVED.items() if cls is type(part)), None)
+    if kind is None:
         raise TypeError(f"{name} must be a stock one to be saved; got {type(part).__qualname__}")
     static = {k: v for k, v in vars(part).items() if k not in part.data_fields}
     for field in part.data_fields:
         _put(f"{name}.{field}", getattr(part, field), arrays)
     packed = {"type": kind, "static": static, "arrays": {f: f"{name}.{f}" for f in part.data_fields}}
-    if isinstance(part, (Bound, Importance)) and is_key(part.rng_key):
-        packed["key"] = str(jax.random.key_impl(part.rng_key))
+    key: Any = getattr(part, "rng_key", None)
+    if is_key(key):
+        packed["key"] = str(jax.random.key_impl(key))
     return packed
 
 
 def _unpack_part(packed: dict[str, Any], arrays: dict[str, np.ndarray]) -> Frozen:
-    cls = STOCK[packed["type"]]
+    cls = SAVED[packed["type"]]
     static = {k: tuple(v) if isinstance(v, list) else v for k, v in packed["static"].items()}
     data = [arrays[packed["arrays"][field]] for field in cls.data_fields]
     if "key" in packed:
         data = [jax.random.wrap_key_data(jnp.asarray(data[0]), impl=packed["key"])]
-    return cls._unflatten(tuple(static.items()), tuple(data))
+    return cls.of(**static, **dict(zip(cls.data_fields, data, strict=True)))
 
 
 def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -209,6 +236,18 @@ def _pack_network(module: Any) -> dict[str, Any]:
     return {"type": kind, "fields": fields}
 
 
+def _unpack_network(described: dict[str, Any], network: Any) -> Any:
+    """``network``, or the stock one that the file describes."""
+    if network is not None:
+        return network
+    if "fields" not in described:
+        raise ValueError(
+            f"network is needed: the file was saved with {described['type']!r}, which is not a stock network"
+        )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["fields"].items()}
+    return STOCK_NETWORKS[described["type"]](**fields)
+
+
 def _pack_tree(tree: Any, name: str, arrays: dict[str, np.ndarray]) -> list[_Leaf] | None:
     if tree is None:
         return None
@@ -247,50 +286,69 @@ def _put(member: str, value: Any, arrays: dict[str, np.ndarray]) -> None:
 
 def _write_whole(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Beside the target first, then in its place: a crash leaves the old file or none, never half of one."""
+    path = path.resolve()  # where a link leads, so that it stays one
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be that of a file; {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists; {path.parent} does not")
     header = header | {"arrays": {member: [str(a.dtype), list(a.shape)] for member, a in arrays.items()}}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("header.json", json.dumps(header, indent=1, default=_plain))
+            archive.writestr("header.json", json.dumps(header, indent=1, default=_json_number))
             for member, array in arrays.items():
                 buffer = io.BytesIO()
                 # dtypes that NumPy lacks (bfloat16) travel as bytes; the header tells what they are
                 np.lib.format.write_array(buffer, np.frombuffer(array.tobytes(), np.uint8), allow_pickle=False)
                 archive.writestr(f"{member}.npy", buffer.getvalue())
-        umask = os.umask(0)  # mkstemp's own mode is for its owner alone
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, _mode_of(path))  # mkstemp's own mode is for its owner alone
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def _mode_of(path: Path) -> int:
+    """The file's mode, or that of a new file."""
+    if path.exists():
+        return path.stat().st_mode & 0o7777
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    content = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(content) as archive:
             header = json.loads(archive.read("header.json"))
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise ValueError(f"{path} is no file of ppd.save: its header has another format")
-            if header["format_version"] > FORMAT_VERSION:
-                raise ValueError(
+            if (
+                isinstance(header, dict)
+                and header.get("format") == FORMAT
+                and header["format_version"] > FORMAT_VERSION
+            ):
+                raise _OtherFormatError(
                     f"{path} was written by pp_diffusion {header['versions']['pp_diffusion']} in format "
                     f"{header['format_version']}; this version reads up to {FORMAT_VERSION}"
                 )
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise _OtherFormatError(f"{path} is no file of ppd.save: its header has another format")
             arrays = {}
             for member, (dtype, shape) in header["arrays"].items():
                 raw = np.lib.format.read_array(io.BytesIO(archive.read(f"{member}.npy")), allow_pickle=False)
                 arrays[member] = np.frombuffer(raw.tobytes(), jnp.dtype(dtype)).reshape(shape)
-    except (zipfile.BadZipFile, EOFError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no file of ppd.save: {error}") from error
+    except _OtherFormatError:
+        raise
+    except Exception as error:  # any bytes may be there, and zip, JSON and NumPy each have their complaints
+        raise ValueError(f"{path} is damaged or no file of ppd.save: {type(error).__name__}: {error}") from error
     return header, arrays
 
 
-def _plain(value: Any) -> Any:
+class _OtherFormatError(ValueError):
+    """A whole file of another kind."""
+
+
+def _json_number(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"network or schedule holds a {type(value).__name__}, {value!r}, which a file cannot describe")
-
-
-def _own_version() -> str:
-    return str(importlib.import_module("pp_diffusion").__version__)
+    raise TypeError(f"network or kernel holds a {type(value).__name__}, {value!r}, which a file cannot describe")

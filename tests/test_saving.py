@@ -54,7 +54,7 @@ def test_round_trip(make, tmp_path):
     prior = make()
     ppd.save(tmp_path / "a.ppd", prior)
     loaded = ppd.load(tmp_path / "a.ppd")
-    assert loaded.diffusion == prior.diffusion
+    assert loaded == prior
     assert jax.tree.structure(loaded) == jax.tree.structure(prior)  # so that jit compiles once for both
     key = jax.random.key(1)
     x = prior.sample(key, (4,))
@@ -94,7 +94,7 @@ def test_bfloat16_parameters(tmp_path):
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), diffusion.init_params(jax.random.key(0)))
     ppd.save(tmp_path / "a.ppd", diffusion.prior(params))
     loaded = ppd.load(tmp_path / "a.ppd")
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.process.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_header_is_readable(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,9 +17,11 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
-from pp_diffusion.checks import check_not_constant, name_columns, positive_int
-from pp_diffusion.diffusion import Diffusion, check_context_rows, check_importance, step_importance
+from pp_diffusion.checks import check_key, positive_int
+from pp_diffusion.diffusion import Diffusion
+from pp_diffusion.objectives import check_importance, check_squared_errors, step_importance
 from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.training.sources import Feed, Source, as_source
 from pp_diffusion.units import nats_to_bits
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def fit(
     *,
     num_steps: int,
     batch_size: int = 512,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: optax.GradientTransformation | Any = None,
     context: Any = None,
     num_times: int = 1,
     objective: Objective = "bound",
@@ -110,7 +110,8 @@ def fit(
         ``(x, context)``.
     :param int num_steps: optimiser updates.
     :param int batch_size: rows per update, for an array (at most N).
-    :param optimizer: an optax optimiser; the default is Adam with warm-up, cosine decay to zero, and clipped gradients.
+    :param optimizer: an optax optimiser, or one of NumPyro's; the default is Adam with warm-up, cosine decay to zero,
+        and clipped gradients.
     :param context: covariates of an array's rows.
     :param int num_times: time steps drawn per row and update.
     :param objective: ``"bound"``, the paper's K; or ``"mse"``, the squared error of :math:`f_\mu` summed over steps
@@ -136,30 +137,17 @@ def fit(
         >>> fit.losses.shape, fit.prior.sample(jax.random.key(2), (3,)).shape
         ((10,), (3, 2))
     """
-    import optax
-
-    if objective not in ("bound", "mse"):
-        raise ValueError(f"objective must be 'bound' or 'mse'; got {objective!r}")
-    if not isinstance(diffusion, Diffusion):
-        raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
-        positive_int(name, value)
-    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"optimizer must be an optax optimizer or None; got {type(optimizer).__name__}")
-    if average is not None and not 0 <= average < 1:
-        raise ValueError(f"average must be in [0, 1) or None; got {average}")
-    if objective == "mse" and diffusion.schedule.init_params() is not None:
-        raise ValueError("objective must be 'bound' for a learned schedule: squared errors vanish with the rates")
-    if objective == "mse" and diffusion.num_timesteps == 1 and diffusion.last_step == "kernel":
-        raise ValueError("objective must be 'bound' for T = 1 with last_step='kernel': no step is the network's")
-    source = _source(diffusion, data, context, batch_size, rng_key)
-    settings = _Settings(optimizer, source.batch_size, num_times, average, source.draw, objective)
+    _check_settings(diffusion, num_steps, batch_size, num_times, optimizer, objective, average)
+    check_key(rng_key)
+    source = as_source(diffusion.space, data, context, batch_size, rng_key)
+    settings = _Settings(optimizer, source.batch_size, num_times, average, objective)
     init_key, _ = jax.random.split(rng_key)
     if state is None:
         state, importance = _init(diffusion, source.example, init_key, settings)
         check_importance(importance)
     else:
-        fresh, _ = jax.eval_shape(lambda: _init(diffusion, source.example, init_key, settings))
+        own_key = state.svi.rng_key  # of whatever make: the one given here is not used
+        fresh, _ = jax.eval_shape(lambda: _init(diffusion, source.example, own_key, settings))
         if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
             raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
 
@@ -170,12 +158,12 @@ def fit(
         done, updates = 0, 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
         try:
             while done < num_steps:
-                batch, updates = source.take(min(updates, num_steps - done))
-                if not updates:
+                feed, updates = source.take(min(updates, num_steps - done))
+                if feed is None:
                     warnings.warn(f"data ran out after {done} of {num_steps} updates", stacklevel=2)
                     break
                 started = time.perf_counter()
-                next_state, new = _run(diffusion, state, batch, jnp.asarray(updates), last_step, settings)
+                next_state, new = _run(diffusion, state, feed, jnp.asarray(updates), last_step, settings)
                 new_losses = np.asarray(new)[:updates]
                 seconds = time.perf_counter() - started
                 if not np.isfinite(new_losses).all():
@@ -195,15 +183,36 @@ def fit(
 class _Settings(NamedTuple):
     """The static part of training; one compilation for each."""
 
-    optimizer: optax.GradientTransformation | None
+    optimizer: Any
     batch_size: int | None
     num_times: int
     average: float | None
-    draw: Callable[[Array], Any] | None
     objective: Objective
 
 
-def _default_optimizer(num_steps: Array) -> optax.GradientTransformation:
+def _check_settings(
+    diffusion: Any, num_steps: int, batch_size: int, num_times: int, optimizer: Any, objective: str, average: Any
+) -> None:
+    import optax
+
+    if objective not in ("bound", "mse"):
+        raise ValueError(f"objective must be 'bound' or 'mse'; got {objective!r}")
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
+    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
+        positive_int(name, value)
+    is_numpyros = all(hasattr(optimizer, name) for name in ("init", "update", "get_params"))
+    if not (optimizer is None or is_numpyros or isinstance(optimizer, optax.GradientTransformation)):
+        raise TypeError(
+            f"optimizer must be an optax optimizer, one of NumPyro's or None; got {type(optimizer).__name__}"
+        )
+    if average is not None and not 0 <= average < 1:
+        raise ValueError(f"average must be in [0, 1) or None; got {average}")
+    if objective == "mse":
+        check_squared_errors(diffusion.schedule, diffusion.last_step)
+
+
+def _default_optimizer(num_steps: Array | int) -> optax.GradientTransformation:
     """Adam with warm-up and cosine decay over ``num_steps``, which may be traced."""
     import optax
 
@@ -235,7 +244,7 @@ def _init(
     x, context = example
     svi = _svi(diffusion, settings, len(x))
     svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
-    first = 1 if diffusion.last_step == "kernel" else 0
+    first = diffusion.last_step.first_network_step
     rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
     state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
     return state, step_importance(diffusion.kernel, rates)
@@ -243,21 +252,15 @@ def _init(
 
 @partial(jax.jit, static_argnums=5)
 def _run(
-    diffusion: Diffusion, state: FitState, data: Any, updates: Array, last_step: Array, settings: _Settings
+    diffusion: Diffusion, state: FitState, feed: Feed, updates: Array, last_step: Array, settings: _Settings
 ) -> tuple[FitState, Array]:
     """``updates`` updates (a traced number, so that one compilation serves all) and their losses."""
     import optax
 
     def update(i: Array, carry: tuple[FitState, Array]) -> tuple[FitState, Array]:
         (svi_state, average, step), losses = carry
-        if settings.draw is not None:
-            rng_key, batch_key = jax.random.split(svi_state.rng_key)
-            svi_state = svi_state._replace(rng_key=rng_key)
-            x, context = _pair(settings.draw(batch_key))
-        elif settings.batch_size is None:  # a stack of batches
-            x, context = jax.tree.map(lambda a: a[i], data)
-        else:
-            x, context = data
+        x, context, rng_key = feed.batch(svi_state.rng_key, i)
+        svi_state = svi_state._replace(rng_key=rng_key)
         svi = _with_constraints(_svi(diffusion, settings, len(x), last_step), x, context)
         svi_state, loss = svi.update(
             svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
@@ -268,113 +271,6 @@ def _run(
         return FitState(svi_state, average, step + 1), losses.at[i].set(loss)
 
     return jax.lax.fori_loop(0, updates, update, (state, jnp.zeros(MAX_UPDATES_PER_DISPATCH)))
-
-
-class _Source(NamedTuple):
-    """Data in one of their three forms.
-
-    ``take(n)`` returns what the next dispatch of at most n updates gets, and how many updates it is for.
-    """
-
-    example: tuple[Any, Any]
-    take: Callable[[int], tuple[Any, int]]
-    batch_size: int | None
-    draw: Callable[[Array], Any] | None
-
-
-def _source(diffusion: Diffusion, data: Any, context: Any, batch_size: int, rng_key: Array) -> _Source:
-    if callable(data):
-        if context is not None:
-            raise ValueError("context must be None where data is a function: let it return pairs (x, context)")
-        x, own_context = _pair(data(rng_key))
-        example = _check_batch(diffusion, x, own_context, "data(rng_key)")
-        _warn_of_scales(diffusion, np.asarray(x))
-        return _Source(example, lambda n: (None, n), None, data)
-    if hasattr(data, "shape") or _is_number_list(data):
-        x = diffusion.check_data(data, "data")
-        if x.ndim != diffusion.kernel.event_ndim + 1:
-            shape = ", ".join(map(str, diffusion.event_shape))
-            raise ValueError(f"data must have shape (N, {shape}); got {x.shape}")
-        check_context_rows(context, len(x))
-        context = jax.tree.map(jnp.asarray, context)
-        _check_scales(diffusion, np.asarray(data))
-        few = (x[:1], jax.tree.map(lambda c: c[:1], context))
-        return _Source(few, lambda n: ((x, context), n), min(batch_size, len(x)), None)
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data must be an array, an iterable of batches or a function; got {type(data).__name__}")
-    if context is not None:
-        raise ValueError("context must be None where data is an iterable: let it yield pairs (x, context)")
-    batches = _checked_batches(diffusion, data)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("data must yield at least one batch; it yielded none")
-    _warn_of_scales(diffusion, np.asarray(first[0]))
-    batches = itertools.chain([first], batches)
-    return _Source(jax.tree.map(lambda a: a[:1], first), _Stacker(batches), None, None)
-
-
-class _Stacker:
-    """Stacks consecutive batches of one shape, for one dispatch."""
-
-    def __init__(self, batches: Iterator[tuple[Any, Any]]) -> None:
-        self.batches = batches
-
-    def __call__(self, most: int) -> tuple[Any, int]:
-        # a power of two, so that few shapes are compiled
-        most = 2 ** (min(most, 64).bit_length() - 1)
-        stack: list[Any] = []
-        for batch in self.batches:
-            if stack and jax.tree.map(jnp.shape, batch) != jax.tree.map(jnp.shape, stack[0]):
-                self.batches = itertools.chain([batch], self.batches)
-                break
-            stack.append(batch)
-            if len(stack) == most:
-                break
-        if not stack:
-            return None, 0
-        length = 2 ** (len(stack) - 1).bit_length()  # a short stack is padded; the rest is not used
-        padded = stack + [stack[-1]] * (length - len(stack))
-        return jax.tree.map(lambda *a: jnp.stack(a), *padded), len(stack)
-
-
-def _checked_batches(diffusion: Diffusion, data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The batches, checked; over and over, where they can be read again."""
-    while True:
-        count = 0
-        for count, batch in enumerate(data, 1):
-            yield _check_batch(diffusion, *_pair(batch), f"data: batch {count}")
-        if iter(data) is data:
-            return
-        if not count:
-            raise ValueError("data must yield at least one batch; it yielded none")
-
-
-def _check_batch(diffusion: Diffusion, x: Any, context: Any, name: str) -> tuple[Any, Any]:
-    x = diffusion.check_data(x, name)
-    if x.ndim != diffusion.kernel.event_ndim + 1:
-        shape = ", ".join(map(str, diffusion.event_shape))
-        raise ValueError(f"{name} must have shape (batch, {shape}); got {x.shape}")
-    check_context_rows(context, len(x))
-    return x, jax.tree.map(jnp.asarray, context)
-
-
-def _check_scales(diffusion: Diffusion, data: np.ndarray) -> None:
-    if not diffusion.kernel.is_discrete:
-        check_not_constant(data)
-    _warn_of_scales(diffusion, data)
-
-
-def _warn_of_scales(diffusion: Diffusion, data: np.ndarray) -> None:
-    if diffusion.kernel.is_discrete or diffusion.transform is not None or len(data) < 2:
-        return
-    mean, sd = data.mean(0, dtype=np.float64), data.std(0, dtype=np.float64)
-    far = (sd < 1 / 4) | (sd > 4) | (np.abs(mean) > 4)
-    if far.any():
-        warnings.warn(
-            f"data are far from unit scale in {name_columns(far)}, and no transform is given; "
-            "use Diffusion(..., transform=ppd.standardize(data))",
-            stacklevel=5,
-        )
 
 
 def _non_finite(losses: np.ndarray, done: int, trained: FitResult | None) -> NonFiniteLossError:
@@ -388,7 +284,7 @@ def _non_finite(losses: np.ndarray, done: int, trained: FitResult | None) -> Non
 
 
 def _result(
-    diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: _Source
+    diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: Source
 ) -> FitResult:
     if settings.average is None:
         params = _with_constraints(_svi(diffusion, settings, 1), *source.example).get_params(state.svi)
@@ -403,19 +299,3 @@ def _report(bar: tqdm, updates: int, losses: list[np.ndarray], objective: Object
     reached = f"K = {recent:.4g} nats = {nats_to_bits(recent):.4g} bits"
     bar.set_postfix_str(reached if objective == "bound" else f"squared error = {-recent:.4g}", refresh=False)
     bar.update(updates)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) == 2 and hasattr(batch[0], "shape")):
-        if len(batch) != 2:
-            raise ValueError(f"a batch must be an array or a pair (x, context); got a tuple of {len(batch)}")
-        return batch[0], batch[1]
-    return batch, None
-
-
-def _is_number_list(data: Any) -> bool:
-    if not isinstance(data, (list, tuple)):
-        return False
-    while isinstance(data, (list, tuple)) and data:
-        data = data[0]
-    return isinstance(data, (int, float, np.number)) or (isinstance(data, (list, tuple)) and not data)

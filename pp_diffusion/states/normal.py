@@ -1,0 +1,124 @@
+"""Normal proposals."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pp_diffusion.matrices import einsum, half_log_det, solve, solve_lower
+from pp_diffusion.states.space import BATCH_NDIM, in_shape
+
+
+class NormalProposal(NamedTuple):
+    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, given K normal observations of its own standard normal noise n:
+    :math:`e = G n + N(0, R)`.
+
+    With :math:`S = G G^\top + R` and the gain :math:`K = G^\top S^{-1}`, n is normal with mean :math:`K e + s` and
+    covariance :math:`I - K G`.
+
+    :ivar mean: of p; shape ``(P, C, S, D)``, as all that has D.
+    :ivar scale: its standard deviations.
+    :ivar G: but for ``share``, shape ``(P, C, S, K, D)``.
+    :ivar share: what of it counts, shape ``(P, C, S, 1)``; zero for a step without observations.
+    :ivar root_S: the Cholesky factor of S, shape ``(P, C, S, K, K)``.
+    :ivar root_R: that of R.
+    :ivar e: residuals, shape ``(P, C, S, K)``.
+    :ivar shift: s, by the gradient of what is not normal (eq. 61); ``None`` for zero.
+    :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, C, S)``.
+    """
+
+    mean: Array
+    scale: Array
+    G: Array
+    share: Array
+    root_S: Array
+    root_R: Array
+    e: Array
+    shift: Array | None
+    log_known: Array
+
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """States, of this shape, and log p - log of the density that they are drawn from."""
+        n_key, e_key = jax.random.split(rng_key)
+        n = jax.random.normal(n_key, self.mean.shape, self.mean.dtype)
+        G, share, root_S, root_R = self.G, self.share, self.root_S, self.root_R
+        noise = einsum("...kl,...l->...k", root_R, jax.random.normal(e_key, self.e.shape, n.dtype))
+        # Matheron's rule: e as it would be seen from n, and n moved by K times what it differs from e
+        drawn = jnp.where(share > 0, share * einsum("...kd,...d->...k", G, n), 0.0) + noise
+        of_drawn, of_e = solve(root_S, drawn), solve(root_S, self.e)
+        moved = jnp.where(share > 0, einsum("...kd,...k->...d", G, share * (of_e - of_drawn)), 0.0)
+        log_ratio = self._log_ratio(noise, of_drawn, of_e) + self.log_known
+        if self.shift is not None:  # the mean is that much further
+            log_ratio -= (self.shift * (n + moved + 0.5 * self.shift)).sum(-1)
+            moved += self.shift
+        return (self.mean + self.scale * (n + moved)).reshape(shape), log_ratio
+
+    def _log_ratio(self, noise: Array, of_drawn: Array, of_e: Array) -> Array:
+        """log p - log of the proposal in terms of K numbers, so that nothing of length D has to be computed again."""
+        root_S, root_R = self.root_S, self.root_R
+        around = einsum("...kl,...ml,...m->...k", root_R, root_R, of_drawn) - noise  # G (mean of n - n)
+        white = solve_lower(root_R, around)
+        white_e = solve_lower(root_S, self.e)
+        rest = einsum("...ml,...m->...l", root_R, of_e)
+        squares = 0.5 * ((white**2).sum(-1) - (white_e**2).sum(-1) + (rest**2).sum(-1))
+        return squares - (of_e * around).sum(-1) + half_log_det(root_R) - half_log_det(root_S)
+
+    def where(self, condition: Array) -> NormalProposal:
+        """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
+
+        def choose(part: Array, otherwise: Array | float) -> Array:
+            return jnp.where(in_shape(part, condition), part, otherwise)
+
+        identity = jnp.eye(self.root_S.shape[-1], dtype=self.root_S.dtype)
+        return self._replace(
+            share=choose(self.share, 0.0),
+            root_S=choose(self.root_S, identity),
+            root_R=choose(self.root_R, identity),
+            e=choose(self.e, 0.0),
+            shift=None if self.shift is None else choose(self.shift, 0.0),
+        )
+
+    @property
+    def is_finite(self) -> Array:
+        """Of shape ``(P, C, S)``."""
+        fine = jnp.ones(self.mean.shape[:BATCH_NDIM], bool)
+        for part in jax.tree.leaves((self.root_S, self.root_R, self.e, self.shift)):
+            fine &= jnp.isfinite(part).all(tuple(range(BATCH_NDIM, part.ndim)))
+        return fine
+
+
+class DiagonalProposal(NamedTuple):
+    r"""A normal step :math:`p(x_{t-1} \mid x_t)`, drawn with another mean and smaller standard deviations.
+
+    :ivar mean: of p; shape ``(P, C, S, D)``, as all that has D.
+    :ivar scale: its standard deviations.
+    :ivar shift: of the draws' mean, in those.
+    :ivar spread: of the draws' standard deviations, in those.
+    :ivar log_known: log density of coordinates that are set, not drawn; shape ``(P, C, S)``.
+    """
+
+    mean: Array
+    scale: Array
+    shift: Array
+    spread: Array
+    log_known: Array
+
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """States, of this shape, and log p - log of the density that they are drawn from."""
+        n = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        moved = self.shift + self.spread * n
+        log_ratio = (0.5 * (n - moved) * (n + moved) + jnp.log(self.spread)).sum(-1)
+        return (self.mean + self.scale * moved).reshape(shape), log_ratio + self.log_known
+
+    def where(self, condition: Array) -> DiagonalProposal:
+        """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
+        holds = condition[..., None]
+        return self._replace(shift=jnp.where(holds, self.shift, 0.0), spread=jnp.where(holds, self.spread, 1.0))
+
+    @property
+    def is_finite(self) -> Array:
+        """Of shape ``(P, C, S)``."""
+        return (jnp.isfinite(self.shift) & jnp.isfinite(self.spread)).all(-1)
