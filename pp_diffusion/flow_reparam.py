@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array
@@ -11,6 +12,7 @@ from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.flow import DiffusionFlow
+from pp_diffusion.substituted import substituted
 
 
 class FlowReparam(Reparam):
@@ -58,6 +60,8 @@ class FlowReparam(Reparam):
                 f"FlowReparam needs a DiffusionFlow at site {name!r}, expanded or with to_event; got a "
                 f"{type(flow).__name__}. For a DiffusionPrior, use pp_diffusion.TrajectoryReparam"
             )
+        if (x := substituted(name)) is not None and substituted(f"{name}_noise") is None:
+            return None, jnp.asarray(x)  # draws from which the noise was left out
         standard_normal = dist.Normal(0.0, 1.0).expand((*batch_shape, *flow.event_shape)).to_event(event_dim)
         with handlers.trace() as trace:
             noise = numpyro.sample(f"{name}_noise", standard_normal)

@@ -69,24 +69,24 @@ class ProbabilityFlow(Frozen):
 
     def from_noise(self, noise: Array) -> Array:
         """x in the model's space, of noise of shape ``(*batch, *event_shape)``."""
-        return self.solver.solve(self._slope, self._start(noise), *self._to_data()) / self._first_signal
+        return self.solver.solve(self.slope, self._start(noise), *self._to_data()) / self._first_signal
 
     def from_noise_with_log_prob(self, noise: Array) -> tuple[Array, Array]:
         """x, and its log density as it comes out on the way from the noise."""
         state = self._start(noise), jnp.zeros(self._batch_shape(noise))
-        x, change = self.solver.solve(self._slope_and_divergence, state, *self._to_data())
+        x, change = self.solver.solve(self.slope_and_divergence, state, *self._to_data())
         return x / self._first_signal, self._log_base(noise) - change + self._log_signal
 
     def to_noise(self, x: Array) -> Array:
         """The noise that x comes from."""
         x = x * self._first_signal
-        end = self.solver.solve(self._slope, x, *self._to_noise())
+        end = self.solver.solve(self.slope, x, *self._to_noise())
         return end - self._last_mean(end)
 
     def log_prob(self, x: Array) -> Array:
         """Log density in the model's space, in nats, of batch shape."""
         state = x * self._first_signal, jnp.zeros(self._batch_shape(x))
-        end, change = self.solver.solve(self._slope_and_divergence, state, *self._to_noise())
+        end, change = self.solver.solve(self.slope_and_divergence, state, *self._to_noise())
         return self._log_base(end - self._last_mean(end)) + change + self._log_signal
 
     # --- the field ----------------------------------------------------------------------------------------------
@@ -121,11 +121,13 @@ class ProbabilityFlow(Frozen):
         speed = jnp.where(is_end, -1.0, signal * WIDTH * jnp.cosh(time))
         return log_snr, 0.5 * speed * jnp.where(is_end, signal, 1.0), -0.5 * speed * jnp.where(is_end, 1.0, signal)
 
-    def _slope(self, x: Array, time: Array, is_end: Array) -> Array:
+    def slope(self, x: Array, time: Array, is_end: Array) -> Array:
+        """dx/ds, or dx/dv in the step between the first level and the data, in units of the level's v."""
         log_snr, of_x_0, of_x = self._coefficients(time, is_end)
         return of_x_0 * self.x_0_given(x, log_snr) + of_x * x
 
-    def _slope_and_divergence(self, state: tuple[Array, Array], time: Array, is_end: Array) -> tuple[Array, Array]:
+    def slope_and_divergence(self, state: tuple[Array, Array], time: Array, is_end: Array) -> tuple[Array, Array]:
+        """:meth:`slope` of x, and its divergence, of a state whose second part is the divergence's integral."""
         x, _ = state
         log_snr, of_x_0, of_x = self._coefficients(time, is_end)
         event_ndim = self.process.kernel.event_ndim

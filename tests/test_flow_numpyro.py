@@ -95,6 +95,13 @@ def test_arviz(fitted):
     assert posterior_group["x"].shape == (2, 300, 2)
 
 
+def test_draws_without_their_noise():
+    x = jnp.array([[3.0, 1.0], [-2.0, 0.0]])
+    again = Predictive(handlers.reparam(model, config=REPARAM), {"x": x})(jax.random.key(0))
+    np.testing.assert_array_equal(again["x"], x)
+    assert np.abs(again["y"] - x).max() < 4 * NOISE
+
+
 @pytest.mark.parametrize(
     "guide", [AutoMultivariateNormal, pytest.param(AutoNormal, marks=SLOW), pytest.param(AutoIAFNormal, marks=SLOW)]
 )
