@@ -8,7 +8,6 @@ import pytest
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
 
-
 DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,)))
 
 
