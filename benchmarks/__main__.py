@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import (
     digits,
     flow,
+    flow_density,
     gradient_variance,
     likelihood,
     naive_numpyro,
@@ -27,8 +28,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, digits, "
-        "posterior",
+        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, "
+        "flow_density, digits, posterior",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -42,6 +43,7 @@ def main() -> None:
         "gradient_variance": gradient_variance.rows,
         "precision": precision.rows,
         "flow": partial(flow.rows, fresh=args.fresh, figures=args.figures),
+        "flow_density": flow_density.rows,
         "digits": digits.rows,
         "posterior": posterior.rows,
     }

@@ -8,10 +8,14 @@ from pp_diffusion.bounds import Bound as Bound
 from pp_diffusion.bounds import LowerBound as LowerBound
 from pp_diffusion.bounds import lower_bound as lower_bound
 from pp_diffusion.diffusion import Diffusion as Diffusion
+from pp_diffusion.divergence import Hutchinson as Hutchinson
 from pp_diffusion.entropies import EntropyBounds as EntropyBounds
 from pp_diffusion.entropies import ReverseEntropy as ReverseEntropy
 from pp_diffusion.entropies import entropy_bounds as entropy_bounds
 from pp_diffusion.entropies import reverse_entropy as reverse_entropy
+from pp_diffusion.flow import DiffusionFlow as DiffusionFlow
+from pp_diffusion.flow import FlowCheck as FlowCheck
+from pp_diffusion.flow_reparam import FlowReparam as FlowReparam
 from pp_diffusion.kernels import BinomialKernel as BinomialKernel
 from pp_diffusion.kernels import GaussianKernel as GaussianKernel
 from pp_diffusion.kernels import Kernel as Kernel

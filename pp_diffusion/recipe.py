@@ -16,6 +16,8 @@ from numpyro.distributions.transforms import Transform
 from pp_diffusion import contexts
 from pp_diffusion.checks import positive_int
 from pp_diffusion.data_space import DataSpace
+from pp_diffusion.divergence import Hutchinson
+from pp_diffusion.flow import DiffusionFlow
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.last_step import LastStep, as_last_step
@@ -206,6 +208,24 @@ class Recipe(Frozen):
             num_timesteps=None if num_timesteps is None else positive_int("num_timesteps", num_timesteps),
         )
         return DiffusionPrior(process, self.transform, log_prob=log_prob, validate_args=validate_args)
+
+    def flow(
+        self,
+        params: dict[str, Any] | None = None,
+        *,
+        context: Any = None,
+        num_steps: int = 16,
+        solver: Any = None,
+        trace: Hutchinson | None = None,
+        context_event_dim: int | None = None,
+        validate_args: bool | None = None,
+    ) -> DiffusionFlow:
+        """The same network as a deterministic map from N(0, I) with a density, a :class:`~pp_diffusion.DiffusionFlow`.
+
+        ``params``, ``context`` and ``context_event_dim`` are those of :meth:`prior`, the others those of the flow.
+        """
+        prior = self.prior(params, context=context, context_event_dim=context_event_dim)
+        return DiffusionFlow(prior, num_steps=num_steps, solver=solver, trace=trace, validate_args=validate_args)
 
     # --- parameters ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.chain import walk
 from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.substituted import substituted
 
 
 class TrajectoryReparam(Reparam):
@@ -38,10 +39,8 @@ class TrajectoryReparam(Reparam):
 
     **The noise among the draws.** NumPyro stores what it samples, here T + 1 times as much as x. With
     ``extra_fields=("~z.x_noise",)``, MCMC's own way to leave a site out, ``mcmc.get_samples()`` holds x and the other
-    latents only. What comes after is then done with the model itself, of which x is a site, and not with the
-    reparameterised one, which would draw the missing noise anew: ``Predictive(model, mcmc.get_samples())``,
-    ``log_likelihood(model, mcmc.get_samples(), ...)``. ``mcmc.print_summary(exclude_deterministic=False)`` has x, and
-    ArviZ takes ``az.from_numpyro(mcmc, log_likelihood=False)``.
+    latents only. What comes after takes x from there: ``Predictive``, ``log_likelihood`` and ``az.from_numpyro(mcmc)``,
+    with the model or the reparameterised one. ``mcmc.print_summary(exclude_deterministic=False)`` has x.
 
     :raises ValueError: at the site, if the prior is discrete (use ``pp_diffusion.SMC``), or if the site is observed,
         masked, scaled, or in a subsampled plate, where noise and x do not have the same meaning.
@@ -90,6 +89,8 @@ class TrajectoryReparam(Reparam):
                 f"site {name!r} has last_step='discretized', whose draws are integers: TrajectoryReparam is for "
                 "continuous priors"
             )
+        if (x := substituted(name)) is not None and substituted(f"{name}_noise") is None:
+            return None, jnp.asarray(x)  # draws from which the noise was left out
         noise_shape = (*batch_shape, prior.num_timesteps + 1, *prior.event_shape)
         standard_normal = dist.Normal(0.0, 1.0).expand(noise_shape).to_event(event_dim + 1)
         with handlers.trace() as trace:

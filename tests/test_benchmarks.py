@@ -17,6 +17,7 @@ import pp_diffusion as ppd
 from benchmarks import (
     digits,
     flow,
+    flow_density,
     gradient_variance,
     likelihood,
     naive_numpyro,
@@ -233,3 +234,11 @@ def test_a_missing_requirement_is_said(form, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--only", "flow", *form])
     main()
     assert "not run: flowjax is not installed" in capsys.readouterr().out
+
+
+def test_handwritten_flow_density_is_ours():
+    train = at_random(7)[-1]
+    program = setting.diffusion(20, train, last_step="network")
+    params = flow_density.perturbed(program.init_params(jax.random.key(1)))
+    ours = program.flow(params, num_steps=2).log_prob(train[:3])
+    np.testing.assert_allclose(flow_density.by_hand(program, params, 2)(train[:3]), ours, atol=1e-4)

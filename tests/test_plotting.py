@@ -8,11 +8,11 @@ import pytest
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
 
+DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,)))
+
 
 def trained():
-    schedule, network = ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,))
-    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), schedule, network)
-    return diffusion.prior(diffusion.init_params(jax.random.key(0)))
+    return DIFFUSION.prior(DIFFUSION.init_params(jax.random.key(0)))
 
 
 def test_points_images_and_sequences():
@@ -54,7 +54,7 @@ def test_figure_1():
 
 def test_losses():
     data = jax.random.normal(jax.random.key(0), (50, 2))
-    result = ppd.fit(jax.random.key(1), trained().diffusion, data, num_steps=30, batch_size=10, progress_bar=False)
+    result = ppd.fit(jax.random.key(1), DIFFUSION, data, num_steps=30, batch_size=10, progress_bar=False)
     lines = ppd.plotting.losses(result, window=10).axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), -result.losses)
     np.testing.assert_allclose(lines[1].get_ydata()[0], -result.losses[:10].mean(), rtol=1e-5)

@@ -395,3 +395,33 @@ def test_refused_outside_the_strategy():
     for handler in (lambda f: handlers.mask(f, mask=jnp.array(True)), lambda f: handlers.scale(f, scale=2.0)):
         with pytest.raises(ValueError, match=r"'x' is (masked|scaled)"):
             handlers.seed(handler(handlers.reparam(one_site, config=REPARAM)), 0)(LINEAR.prior())
+
+
+def test_draws_without_their_noise():
+    """What MCMC gives without the noise leads to the right replications, also with the reparameterised model."""
+    model = handlers.reparam(one_site, config=REPARAM)
+    prior = standard_normal(5)
+    x = jnp.array([[3.0], [-2.0], [0.5]])
+    again = Predictive(model, {"x": x}, return_sites=["x", "y"])(jax.random.key(0), prior, scale=1e-3)
+    np.testing.assert_array_equal(again["x"], x)
+    np.testing.assert_allclose(again["y"], x, atol=0.01)
+    likelihood = log_likelihood(model, {"x": x}, prior, jnp.zeros(1))["y"]
+    np.testing.assert_allclose(likelihood, dist.Normal(x[:, 0]).log_prob(0.0), rtol=1e-5)
+    noise = jax.random.normal(jax.random.key(1), (3, 6, 1))  # where there is noise, it counts
+    with_noise = Predictive(model, {"x": x, "x_noise": noise}, return_sites=["x"])(jax.random.key(0), prior)["x"]
+    only_noise = Predictive(model, {"x_noise": noise}, return_sites=["x"])(jax.random.key(0), prior)["x"]
+    np.testing.assert_array_equal(with_noise, only_noise)
+
+
+def test_draws_without_their_noise_in_plates_and_scopes():
+    def model(y=None):
+        with numpyro.plate("rows", 2):
+            x = numpyro.sample("x", standard_normal(5))
+            numpyro.sample("y", dist.Normal(x, 1e-3).to_event(1), obs=y)
+
+    x = jnp.array([[[3.0], [-2.0]], [[0.5], [1.0]]])
+    again = Predictive(handlers.reparam(model, config=REPARAM), {"x": x})(jax.random.key(0))["y"]
+    np.testing.assert_allclose(again, x, atol=0.01)
+    scoped = handlers.scope(handlers.reparam(model, config=REPARAM), prefix="a")
+    again = Predictive(scoped, {"a/x": x})(jax.random.key(0))["a/y"]
+    np.testing.assert_allclose(again, x, atol=0.01)
