@@ -49,6 +49,7 @@ ROWS = {
 }
 # training, figures, a table and the kinds of SMC are in the others
 LONG = (
+    "posterior_heartbeat",
     "swiss_roll",
     "heartbeat",
     "schedules",
