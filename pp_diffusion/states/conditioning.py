@@ -23,6 +23,9 @@ from pp_diffusion.states.outlook import Outlook
 from pp_diffusion.states.rows import Rows, by_gradients, fit_coordinates, in_coordinates
 from pp_diffusion.states.space import BATCH_NDIM, Guided, Likelihood, Reading, flattened, value_and_gradient
 
+#: The log density of what is impossible at m, less a normal one's.
+LEAST_DISCREPANCY = -5.0
+
 
 class Observed(NamedTuple):
     """What is observed of N(m, C), linearised at m.
@@ -138,7 +141,11 @@ def propose(outlook: Outlook, rows: Rows, updated: Update, shift: Array | None) 
 
 
 def restored(observed: Observed, S: Array) -> Array:
-    """What a density that was taken for normal differs by at m, as far as the noise E makes up the variance S."""
-    count = observed.discrepancy.shape[-1]
+    """What a density that was taken for normal differs by at m, as far as the noise E makes up the variance S.
+
+    As it is, however large: far out, N(e; 0, S) has the normal tail e²/2S to be undone, which is that share of e²/2E.
+    """
+    discrepancy, count = observed.discrepancy, observed.discrepancy.shape[-1]
     share = observed.rows.E[..., :count] / S[..., :count]
-    return (share * jnp.clip(observed.discrepancy, -5.0, 5.0)).sum(-1)
+    # an impossible y may be possible near m
+    return (share * jnp.where(jnp.isneginf(discrepancy), LEAST_DISCREPANCY, discrepancy)).sum(-1)
