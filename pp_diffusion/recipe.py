@@ -159,7 +159,7 @@ class Recipe(Frozen):
         """
         process = ReverseProcess(
             self.kernel,
-            self.schedule.rates(params.get(self.schedule_site)),
+            self.schedule.known_rates(params.get(self.schedule_site)),
             self.network,
             params.get(self.network_site, {}),
             parameterization=self.parameterization,

@@ -146,10 +146,10 @@ class ReverseProcess(Frozen):
     :param context: covariates, a pytree of arrays whose first ``context_batch_ndim`` axes are batch axes.
     """
 
-    data_fields = ("kernel", "rates", "params", "last_step", "context")
+    data_fields = ("kernel", "held_rates", "params", "last_step", "context")
 
     kernel: Kernel
-    rates: Rates
+    held_rates: Rates
     network: Network
     params: Any
     parameterization: str
@@ -171,7 +171,7 @@ class ReverseProcess(Frozen):
     ) -> None:
         self._set(
             kernel=kernel,
-            rates=rates,
+            held_rates=rates,
             network=network,
             params=params,
             parameterization=parameterization,
@@ -186,7 +186,12 @@ class ReverseProcess(Frozen):
 
     @property
     def num_timesteps(self) -> int:
-        return self.rates.num_timesteps
+        return self.held_rates.num_timesteps
+
+    @property
+    def rates(self) -> Rates:
+        """All T steps, in the precision of the moment; they are held in that in which they are known."""
+        return self.held_rates.in_precision()
 
     @property
     def first_network_step(self) -> int:
@@ -231,7 +236,7 @@ class ReverseProcess(Frozen):
                 f"num_timesteps must be {self.num_timesteps} for parameterization {self.parameterization!r}, "
                 "whose outputs describe steps of the trained length"
             )
-        return self.replace(rates=self.rates.shortened(num_timesteps))
+        return self.replace(held_rates=self.held_rates.shortened(num_timesteps))
 
     def checked(self) -> Self:
         """The process itself, once a step of it has gone through abstractly.

@@ -61,7 +61,7 @@ def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
             "last_step": process.last_step.name,
             "last_step_settings": _settings_of(process.last_step),
             "kernel": _pack_part(process.kernel, "kernel", arrays),
-            "schedule": _pack_rates(process.rates, arrays),
+            "schedule": _pack_rates(process.held_rates, arrays),
             "transform": _pack_transform(prior.transform, "transform", arrays),
             "network": _pack_network(process.network.module),
         },
@@ -160,7 +160,8 @@ def _pack_rates(rates: Rates, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 def _unpack_rates(packed: dict[str, Any], arrays: dict[str, np.ndarray]) -> Rates:
     if packed["type"] != "Rates":
         raise TypeError(f"schedule is not what it should be: {packed['type']}")
-    return Rates(*(jnp.asarray(arrays[packed["arrays"][field]]) for field in Rates._fields))
+    fields: list[Any] = [arrays[packed["arrays"][field]] for field in Rates._fields]  # NumPy's, in their precision
+    return Rates(*fields)
 
 
 def _pack_part(part: Frozen, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -113,9 +113,17 @@ class Rates(NamedTuple):
             raise ValueError(f"num_timesteps must be in 1…{total}, the trained chain's length; got {num_timesteps}")
         index = np.round(np.linspace(total - 1, 0, num_timesteps)).astype(int)[::-1]
         log_snr = self.log_snr[index]
-        segments = np.searchsorted(index, np.arange(total))  # a step's drop is the sum of those it bridges
-        drop = jax.ops.segment_sum(self.drop, segments, num_segments=num_timesteps)
+        # a step's drop is the sum of those it bridges
+        if isinstance(self.drop, np.ndarray):
+            drop = np.add.reduceat(self.drop, np.append(0, index[:-1] + 1))
+        else:
+            segments = np.searchsorted(index, np.arange(total))
+            drop = jax.ops.segment_sum(self.drop, segments, num_segments=num_timesteps)
         return Rates(self.t[index], log_snr, _previous(log_snr), drop)
+
+    def in_precision(self) -> Rates:
+        """In that of the moment: float32, or float64 where x64 is on."""
+        return Rates(jnp.asarray(self.t), *map(_float, self[1:]))
 
 
 class Schedule(Frozen):
@@ -145,6 +153,10 @@ class Schedule(Frozen):
         log_snr = _float(self.log_snr(params))
         previous = _previous(log_snr)
         return Rates(jnp.arange(1, self.num_timesteps + 1), log_snr, previous, previous - log_snr)
+
+    def known_rates(self, params: Any = None) -> Rates:
+        """:meth:`rates` in the precision in which they are known, to be held; float64 where nothing is trained."""
+        return self.rates(params)
 
     def betas(self, params: Any = None) -> Array:
         r""":math:`\beta_1 … \beta_T`, shape ``(T,)``."""
@@ -245,6 +257,10 @@ class FixedSchedule(Schedule, saved_as="FixedSchedule"):
     def rates(self, params: Any = None) -> Rates:
         return super().rates(params)._replace(drop=_float(self._drops))
 
+    def known_rates(self, params: Any = None) -> Rates:
+        t = np.arange(1, self.num_timesteps + 1)
+        return Rates(t, self._log_snr, _previous(self._log_snr), self._drops)  # type: ignore[arg-type]  # NumPy's
+
 
 class LearnedSchedule(Schedule, saved_as="LearnedSchedule"):
     r"""Diffusion rates learned with the network, by the gradient of K with frozen noise (the paper, §2.4.1).
@@ -301,8 +317,9 @@ class LearnedSchedule(Schedule, saved_as="LearnedSchedule"):
         return rates._replace(drop=jnp.concatenate([rates.drop[:1], self._drops(params)]))
 
 
-def _previous(log_snr: Array) -> Array:
-    return jnp.concatenate([jnp.full((1,), jnp.inf, log_snr.dtype), log_snr[:-1]])
+def _previous(log_snr: Any) -> Any:
+    xp = np if isinstance(log_snr, np.ndarray) else jnp
+    return xp.concatenate([xp.full((1,), xp.inf, log_snr.dtype), log_snr[:-1]])
 
 
 def _float(x: ArrayLike) -> Array:

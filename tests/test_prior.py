@@ -106,7 +106,7 @@ def test_pytree_round_trip_and_leaves(name):
     assert vars(again).keys() - {"_validate_args"} == vars(prior).keys() - {"_validate_args"}
     assert (again.batch_shape, again.event_shape) == (prior.batch_shape, prior.event_shape)
     held = jax.tree.leaves((prior.process.params, prior.context, prior.transform))
-    held += [prior.process.rates.log_snr]
+    held += [prior.process.held_rates.log_snr]
     held += [prior.kernel.probs] if name == "binomial" else []
     assert all(any(leaf is array for leaf in leaves) for array in held)
     hash(structure)  # nothing but leaves holds an array
