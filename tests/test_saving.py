@@ -48,7 +48,9 @@ PRIORS = {
         num_timesteps=3,
     ),
     "levels": lambda: trained(
-        gaussian(last_step=ppd.Discretized(7), transform=dist.transforms.AffineTransform(3.0, 2.0))
+        gaussian(
+            last_step=ppd.Discretized(7), transform=dist.transforms.AffineTransform(jnp.array(3.0), jnp.array(2.0))
+        )
     ),
     "importance": lambda: trained(gaussian(), log_prob=ppd.Importance(jax.random.key(3), 4)),
     "bound": lambda: trained(gaussian(), log_prob=ppd.Bound(jax.random.key(3))),
