@@ -187,12 +187,21 @@ NOTES = {  # of rows that time nothing
 }
 
 
-LONG = [training_step, likelihood, naive_numpyro, flow, digits, posterior]  # they compile many programs
+LONG = [
+    training_step,
+    likelihood,
+    naive_numpyro,
+    gradient_variance,
+    precision,
+    flow,
+    digits,
+    posterior,
+]  # they compile many programs
 
 
 @pytest.mark.parametrize(
     "module",
-    [sampling, gradient_variance, precision] + [pytest.param(module, marks=pytest.mark.slow) for module in LONG],
+    [sampling] + [pytest.param(module, marks=pytest.mark.slow) for module in LONG],
 )
 def test_rows(module, tmp_path):
     if module in (flow, digits):
@@ -214,6 +223,7 @@ def test_rows(module, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["gap_against_seconds.png"]
 
 
+@pytest.mark.slow
 def test_the_others_densities_of_digits():
     """A normal law's in the transform's space carries the Jacobian; chosen is the shortest code of held-out images."""
     levels = ppd.datasets.digits(jax.random.key(0)).train[:700]

@@ -47,8 +47,9 @@ ROWS = {
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
     "missing_values": ["SMC", "IterativeImputer"],
 }
-# training, figures, a table and the kinds of SMC are in the others
+# the others have tables, figures, likelihoods and SMC; README's scripts train
 LONG = (
+    "digits",
     "posterior_heartbeat",
     "swiss_roll",
     "heartbeat",

@@ -81,7 +81,7 @@ def test_script_has_the_densities_of_diffusion(name):
             np.testing.assert_allclose(written_out[site], expected[site], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["swiss_roll", "heartbeat", pytest.param("digits", marks=pytest.mark.slow)])
 def test_script_generates(name):
     diffusion, x, units = CASES[name]()
     params = diffusion.init_params(jax.random.key(0))
