@@ -7,7 +7,7 @@ from typing import Any
 from numpyro.primitives import apply_stack
 
 
-class _Question(dict):
+class _Question(dict[str, Any]):
     """A message that ``numpyro.handlers.trace`` passes over, as it does those without a name."""
 
     def __contains__(self, key: object) -> bool:
