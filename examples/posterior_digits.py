@@ -74,8 +74,7 @@ def twist(prior: ppd.DiffusionPrior, task: Task, y: Any) -> Callable:
         levels = transform(prediction.x_0[..., None] + jnp.sqrt(prediction.variance)[..., None] * NODES)
         mean = levels @ WEIGHTS
         variance = (levels - mean[..., None]) ** 2 @ WEIGHTS
-        seen = jnp.tile(y, (mean.shape[1] // len(y), 1, 1))  # the images of one chain after those of another
-        log_prob = dist.Normal(mean, jnp.sqrt(task.noise**2 + variance)).log_prob(seen)
+        log_prob = dist.Normal(mean, jnp.sqrt(task.noise**2 + variance)).log_prob(y)
         return jnp.where(task.seen, log_prob, 0.0).sum((-2, -1))
 
     return log_twist

@@ -134,8 +134,7 @@ def twist(prior: ppd.DiffusionPrior, y: Any) -> Callable:
 
     def log_twist(prediction: Any, log_r: Callable) -> jax.Array:
         variance = prediction.variance @ shares.T
-        precision = jnp.tile(y + 1.0, (variance.shape[1] // len(y), 1))  # one chain's data sets after another's
-        return log_r(prediction.x_0) / (1 + (precision * variance).max(-1))
+        return log_r(prediction.x_0) / (1 + ((y + 1.0) * variance).max(-1))
 
     return log_twist
 

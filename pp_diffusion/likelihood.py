@@ -133,7 +133,7 @@ class LogProbEstimate:
         log_weights, bound = self._source.draw(rng_key, num_trajectories, progress_bar)
         both = None if bound is None else self._bound.with_more(bound)
         weights, keys = np.concatenate([self.log_weights, log_weights]), (*self._keys, _key_data(rng_key))
-        return _summarise(weights, both, self._source, keys)
+        return summarise(weights, both, self._source, keys)
 
     def print_summary(self, max_rows: int = 10) -> None:
         """Prints a table per datum (the ``max_rows`` with the largest k-hat) and in total, in nats and bits, and says
@@ -313,12 +313,13 @@ def estimate_log_prob(
     *_, batch_shape = as_rows(prior, x)
     x = np.broadcast_to(x, batch_shape + prior.event_shape)
     source = Trajectories(prior, x, positive_int("chunk_size", chunk_size))
-    return _summarise(*source.draw(rng_key, num_trajectories, progress_bar), source, (_key_data(rng_key),))
+    return summarise(*source.draw(rng_key, num_trajectories, progress_bar), source, (_key_data(rng_key),))
 
 
-def _summarise(
+def summarise(
     log_weights: np.ndarray, bound: BoundOfBits | None, source: Trajectories, keys: tuple[np.ndarray, ...] = ()
 ) -> LogProbEstimate:
+    """The estimate that log weights of shape ``(num_trajectories, *batch)`` tell."""
     count, batch_shape = len(log_weights), log_weights.shape[1:]
     flat = log_weights.reshape(count, -1)
     smoothed, pareto_k = inference_data.pareto_smooth(flat)

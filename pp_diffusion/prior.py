@@ -176,7 +176,8 @@ class DiffusionPrior(dist.Distribution):
                 "numpyro.handlers.reparam(model, config={name: pp_diffusion.TrajectoryReparam()}). "
                 "For a density value, use pp_diffusion.lower_bound, or make the prior with "
                 "log_prob=pp_diffusion.Bound(rng_key) (a lower bound) or "
-                "log_prob=pp_diffusion.Importance(rng_key, num_trajectories)"
+                "log_prob=pp_diffusion.Importance(rng_key, num_trajectories). numpyro.render_model asks for it too: "
+                "give it prior.with_log_prob(pp_diffusion.Bound(rng_key))"
             )
         return self.log_prob_rule.log_prob(self, value)
 

@@ -164,6 +164,13 @@ def _table_of_blocks(transform: UniformBlocks, size: int = 4096) -> tuple[np.nda
     return z, np.log(special.ndtr(u) @ widths) - np.log(special.ndtr(-u) @ widths)
 
 
+def base_constraint(constraint: constraints.Constraint) -> constraints.Constraint:
+    """The constraint on single entries under ``independent``."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
 def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
     """Refuses a transform that is not one to one from all real events of this shape to events of this shape.
 
@@ -172,9 +179,7 @@ def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
     name = type(transform).__name__
     try:
         domain = transform.domain
-        base = domain
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
+        base = base_constraint(domain)
         keeps_shape = (
             max(domain.event_dim, transform.codomain.event_dim) <= len(event_shape)
             and jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, float)).shape == event_shape

@@ -7,5 +7,6 @@ from pp_diffusion.posterior.twists import Moment as Moment
 from pp_diffusion.posterior.twists import Power as Power
 from pp_diffusion.posterior.twists import Twist as Twist
 from pp_diffusion.posterior.twists import as_twist as as_twist
+from pp_diffusion.posterior.twists import likelihood as likelihood
 from pp_diffusion.states.space import Guided as Guided
 from pp_diffusion.states.space import Prediction as Prediction

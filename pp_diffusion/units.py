@@ -31,6 +31,8 @@ def bits_to_nats(bits: T) -> T:
 def bits_per_dim(log_density: T, num_dims: int, bin_width: float = 1.0) -> T:
     r"""The code length of dequantised data, :math:`-(\log_2 p(x) + d \log_2 w)/d`, in bits per dimension.
 
+    Of integer data by ``last_step="discretized"`` it is read off as it is, with w = 1: they have probabilities.
+
     :param log_density: log p(x) or K, in nats, a density over ``num_dims`` dimensions in the data's units.
     :param num_dims: d, colours counted (a 32×32 RGB image has 3072).
     :param bin_width: w, the width of one level in the data's units; uniform noise of this width must have been added.

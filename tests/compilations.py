@@ -1,5 +1,6 @@
-"""How often XLA compiled."""
+"""Which programs are compiled, by JAX's own report."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,20 +9,17 @@ import jax
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-class Count:
-    number = 0
-
-
 @contextmanager
-def counted() -> Iterator[Count]:
-    """What is compiled within the block is counted."""
-    count = Count()
+def compilations() -> Iterator[Counter[str]]:
+    """How often each function is compiled inside, by its name."""
+    programs: Counter[str] = Counter()
 
-    def listen(event: str, _: float, **kwargs: object) -> None:
-        count.number += event == EVENT
+    def count(event: str, duration: float, fun_name: str = "", **_: object) -> None:
+        if event == EVENT:
+            programs[fun_name.removeprefix("jit(").removesuffix(")")] += 1
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        yield count
+        yield programs
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -35,7 +35,7 @@ def made_of(*columns):
     """An estimate of given log weights, a column per datum."""
     log_weights = np.stack(columns, -1)
     source = likelihood.Trajectories(PRIOR, np.zeros((len(columns), 2)), 16)
-    return likelihood._summarise(log_weights, None, source)
+    return likelihood.summarise(log_weights, None, source)
 
 
 def exponential(num, seed=0):

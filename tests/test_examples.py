@@ -48,7 +48,16 @@ ROWS = {
     "missing_values": ["SMC", "IterativeImputer"],
 }
 # training, figures, a table and the kinds of SMC are in the others
-LONG = ("swiss_roll", "schedules", "posterior_swiss_roll", "posterior_digits", "spatial_prior", "missing_values")
+LONG = (
+    "posterior_heartbeat",
+    "swiss_roll",
+    "heartbeat",
+    "schedules",
+    "posterior_swiss_roll",
+    "posterior_digits",
+    "spatial_prior",
+    "missing_values",
+)
 
 
 def run(module, folder, *options):
@@ -109,6 +118,7 @@ def test_the_gap_is_that_of_the_points_given():
     np.testing.assert_allclose([value, error], np.array([0.2, 0.1 / np.sqrt(399)]) / np.log(2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_process_is_a_floor():
     """K of the exact reverse process, T = 40 and a good schedule: 0.090 bits, and 0.051 with the last step its own."""
     data = ppd.datasets.swiss_roll(jax.random.key(0), 4_000, 2_000)

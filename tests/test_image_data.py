@@ -198,3 +198,24 @@ def test_batches_are_drawn_flipped_and_cropped():
     assert (found.sum(0) == 1).all() and (found.sum(1) > 10).all()
     with pytest.raises(ValueError, match="height and width"):
         ppd.datasets.random_crops(jax.random.key(2), drawn, 5, 3)
+
+
+def test_arrays_of_a_partial_are_arguments_of_the_program():
+    """They are neither text of the compiled program nor part of what it is known by: others need no new one."""
+    from jax.tree_util import Partial
+
+    from pp_diffusion.training.sources import DrawFeed
+
+    images, draw = jnp.arange(64.0).reshape(16, 2, 2), lambda key, images: ppd.datasets.draw_rows(key, images, 3)
+    traced = []
+
+    @jax.jit
+    def run(feed, key):
+        traced.append(1)
+        return feed.batch(key, jnp.zeros((), int))[0]
+
+    key = jax.random.key(0)
+    first, second = (run(DrawFeed(Partial(draw, images=a)), key) for a in (images, images + 1))
+    np.testing.assert_array_equal(first + 1, second)
+    assert len(traced) == 1
+    np.testing.assert_array_equal(run(DrawFeed(lambda key: draw(key, images)), key), first)

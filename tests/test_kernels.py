@@ -17,6 +17,9 @@ from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
 import pp_diffusion as ppd
+from pp_diffusion.states import Finite
+
+pytestmark = pytest.mark.as_users
 
 
 def _categorical_x0(kernel, x_t, rates, *logits):
@@ -30,7 +33,7 @@ def _categorical_x0(kernel, x_t, rates, *logits):
 class UniformCategorical(ppd.Kernel):
     """A kernel of a user's: three states, held as integers, and with probability beta a fresh uniform one.
 
-    It has only what a subclass must have."""
+    It has only what a subclass must have, and what :class:`pp_diffusion.SMC` asks for besides."""
 
     num_states = 3
     event_support = constraints.integer_interval(0, 2)
@@ -65,6 +68,23 @@ class UniformCategorical(ppd.Kernel):
 
     def posterior(self, x_t, x_0, rates):
         return self.categorical(self.log_posterior(x_t, x_0, rates))
+
+    @property
+    def state_space(self):
+        return Finite(self, self.num_states)
+
+    def reverse_given(self, x_t, x_0, rates):
+        logits = x_0.base_dist.logits  # as a Finite space gives them
+        return _categorical_x0(self, x_t, rates, *jnp.moveaxis(logits, -1, 0))
+
+    def x_0_given(self, x_t, reverse, rates):
+        """q(x_{t-1} | x_t, x_0) is (a [x_{t-1} = x_0] + (1 - a)/3) b(x_{t-1}) / c(x_0), which can be undone."""
+        erased = self.over_events(rates.previous_erased)[..., None]
+        b, mixing = jnp.exp(self._mix(x_t, rates.beta)), erased / self.num_states
+        c = (1 - erased) * b + mixing * b.sum(-1, keepdims=True)
+        seen = reverse.base_dist.probs / b
+        probs = jnp.maximum(c * (seen - mixing * seen.sum(-1, keepdims=True)), 1e-30)
+        return self.categorical(jnp.log(probs))
 
 
 class Case(NamedTuple):

@@ -11,6 +11,7 @@ import pp_diffusion as ppd
 from pp_diffusion import likelihood
 from pp_diffusion.likelihood import BELIEVABLE, BOUND_ONLY, DOUBTFUL
 from pp_diffusion.weights import weights_of_rows
+from tests.compilations import compilations
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 SCHEDULE = ppd.FixedSchedule([0.1, 0.4, 0.25, 0.7])
@@ -37,7 +38,7 @@ def made_of(*columns):
     """An estimate of given log weights, a column per datum."""
     log_weights = np.stack(columns, -1).astype(float)
     source = likelihood.Trajectories(GAUSSIAN, np.zeros((len(columns), 2)), 16)
-    return likelihood._summarise(log_weights, None, source)
+    return likelihood.summarise(log_weights, None, source)
 
 
 # log weights: quantiles of a normal and of two Pareto distributions, and what has no tail to be fitted
@@ -139,7 +140,7 @@ def test_an_unseen_flip_is_in_the_error_of_discrete_data():
     """All weights equal: of continuous data that is the exact process, of discrete data it may be luck."""
     log_weights, zero = np.zeros((100, 1)), np.zeros(1)
     source = likelihood.Trajectories(BINOMIAL, np.zeros((1, 2)), 16)
-    lucky = likelihood._summarise(log_weights, likelihood.BoundOfBits(zero, zero, 4), source)
+    lucky = likelihood.summarise(log_weights, likelihood.BoundOfBits(zero, zero, 4), source)
     np.testing.assert_allclose([made_of(np.zeros(100)).std_error[0], lucky.std_error[0]], [0, 0.01], atol=1e-12)
 
 
@@ -351,12 +352,13 @@ def test_a_model_that_gives_no_numbers_is_named():
 
 def test_one_compilation_serves_all_calls_of_a_shape():
     ppd.estimate_log_prob(KEY, GAUSSIAN, X, 30, chunk_size=20)
-    compiled = weights_of_rows._cache_size()
-    estimate = ppd.estimate_log_prob(OTHER, gaussian(), X + 1, 30, chunk_size=20)  # an equal prior, built anew
-    estimate.extend(KEY, 30)
-    assert weights_of_rows._cache_size() == compiled
-    ppd.estimate_log_prob(OTHER, GAUSSIAN, X[:4], 30, chunk_size=20)
-    assert weights_of_rows._cache_size() == compiled + 1
+    with compilations() as programs:
+        estimate = ppd.estimate_log_prob(OTHER, gaussian(), X + 1, 30, chunk_size=20)  # an equal prior, built anew
+        estimate.extend(KEY, 30)
+    assert weights_of_rows.__name__ not in programs
+    with compilations() as programs:
+        ppd.estimate_log_prob(OTHER, GAUSSIAN, X[:4], 30, chunk_size=20)
+    assert programs[weights_of_rows.__name__] == 1
 
 
 def test_memory_does_not_grow_with_the_length():

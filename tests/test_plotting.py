@@ -8,11 +8,11 @@ import pytest
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
 
+DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,)))
+
 
 def trained():
-    schedule, network = ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,))
-    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), schedule, network)
-    return diffusion.prior(diffusion.init_params(jax.random.key(0)))
+    return DIFFUSION.prior(DIFFUSION.init_params(jax.random.key(0)))
 
 
 def test_points_images_and_sequences():
@@ -54,7 +54,7 @@ def test_figure_1():
 
 def test_losses():
     data = jax.random.normal(jax.random.key(0), (50, 2))
-    result = ppd.fit(jax.random.key(1), trained().diffusion, data, num_steps=30, batch_size=10, progress_bar=False)
+    result = ppd.fit(jax.random.key(1), DIFFUSION, data, num_steps=30, batch_size=10, progress_bar=False)
     lines = ppd.plotting.losses(result, window=10).axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), -result.losses)
     np.testing.assert_allclose(lines[1].get_ydata()[0], -result.losses[:10].mean(), rtol=1e-5)
@@ -92,7 +92,7 @@ def estimate(num=100):
     """Of one datum that is believable, one whose weights have a heavy tail, and one whose weights are equal."""
     quantiles = -np.log((np.arange(num) + 0.5) / num)[np.random.default_rng(0).permutation(num)]
     log_weights = np.stack([0.1 * quantiles, 1.5 * quantiles, np.full(num, -1.0)], -1)
-    return likelihood._summarise(log_weights, None, likelihood.Trajectories(None, np.zeros((3, 2)), 1))
+    return likelihood.summarise(log_weights, None, likelihood.Trajectories(None, np.zeros((3, 2)), 1))
 
 
 def test_pareto_k_by_verdict():

@@ -8,6 +8,9 @@ import pytest
 from numpyro.distributions import transforms
 
 import pp_diffusion as ppd
+from tests.compilations import compilations
+
+pytestmark = pytest.mark.as_users
 
 X = np.random.default_rng(0).normal(size=(20, 2))
 
@@ -102,10 +105,10 @@ def test_a_network_in_bfloat16_leaves_the_densities_in_float32(name):
 
 def test_log_weight_compiles_once():
     own = prior()
-    compiled = ppd.log_weight._cache_size()
-    for seed in range(3):
-        ppd.log_weight(jax.random.key(seed), prior().process, jnp.ones((3, 2)))
-    assert ppd.log_weight._cache_size() == compiled + 1
+    with compilations() as programs:
+        for seed in range(3):
+            ppd.log_weight(jax.random.key(seed), prior().process, jnp.ones((3, 2)))
+    assert programs["log_weight"] == 1
     assert own.process.num_timesteps == 4
 
 

@@ -327,3 +327,44 @@ def test_samples_follow_their_context():
     one = DIFFUSIONS["labels"].prior(PARAMS["labels"], context=LABELS[::-1]).sample(jax.random.key(0), (2,))
     assert not np.allclose(x[:, 0], one[:, 0]) and not np.allclose(x[:, 2], one[:, 2])
     np.testing.assert_allclose(x[:, 1], one[:, 1], rtol=1e-5)  # the middle label is the same
+
+
+# --- a value among others ------------------------------------------------------------------------------------------
+
+
+@over
+def test_copies_are_equal(name):
+    import copy
+    import pickle
+
+    prior = PRIORS[name]()
+    assert copy.copy(prior) == copy.deepcopy(prior) == prior and hash(copy.deepcopy(prior)) == hash(prior)
+    assert prior != prior.with_log_prob(ppd.Bound(jax.random.key(0))) and prior != 3
+    if name == "mlp":
+        assert pickle.loads(pickle.dumps(prior)) == prior
+
+
+def test_moments_say_how_to_estimate_them():
+    prior = PRIORS["gaussian"]()
+    for name, method in (("mean", "mean"), ("variance", "var")):
+        with pytest.raises(NotImplementedError, match=rf"a DiffusionPrior's {name} .*prior.sample\(.*\).{method}\(0\)"):
+            getattr(prior, name)
+
+
+def test_a_prior_made_of_another():
+    prior = PRIORS["mlp"]()
+    short = prior.shortened(2)
+    assert short == DIFFUSIONS["mlp"].prior(PARAMS["mlp"], num_timesteps=2)
+    rule = ppd.Bound(jax.random.key(0))
+    assert prior.with_log_prob(rule) == DIFFUSIONS["mlp"].prior(PARAMS["mlp"], log_prob=rule)
+
+
+def test_a_model_with_a_prior_is_drawn():
+    """``render_model`` asks for log densities, to see what depends on what; any rule does."""
+    pytest.importorskip("graphviz")
+    prior = PRIORS["mlp"]()
+    with pytest.raises(NotImplementedError, match=r"numpyro.render_model asks for it too"):
+        numpyro.render_model(users_model, (prior, 3, jnp.zeros(3)))
+    prior = prior.with_log_prob(ppd.Bound(jax.random.key(0)))
+    graph = numpyro.render_model(users_model, (prior, 3, jnp.zeros(3)), render_distributions=True)
+    assert "x ~ DiffusionPrior" in graph.source

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,8 @@ import numpyro.distributions as dist
 import pytest
 
 import pp_diffusion as ppd
+
+DATA = Path(__file__).parent / "data"
 
 
 def gaussian(network=None, transform=None, **settings):
@@ -43,6 +46,11 @@ PRIORS = {
             ppd.networks.MLP((4,), readout="bumps"),
         ),
         num_timesteps=3,
+    ),
+    "levels": lambda: trained(
+        gaussian(
+            last_step=ppd.Discretized(7), transform=dist.transforms.AffineTransform(jnp.array(3.0), jnp.array(2.0))
+        )
     ),
     "importance": lambda: trained(gaussian(), log_prob=ppd.Importance(jax.random.key(3), 4)),
     "bound": lambda: trained(gaussian(), log_prob=ppd.Bound(jax.random.key(3))),
@@ -171,3 +179,57 @@ def test_parts_that_cannot_be_described_are_refused(tmp_path):
     with pytest.raises(TypeError, match="prior must be a DiffusionPrior"):
         ppd.save(tmp_path / "a.ppd", diffusion)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_the_first_format_are_read():
+    """Written before rates took the place of the schedule, with what they gave then."""
+    prior = ppd.load(DATA / "gaussian_format_1.zip")
+    assert prior.batch_shape == (2,) and prior.num_timesteps == 4
+    expected = [[-2.766732931137085, 5.078793048858643], [1.71063232421875, 4.649510383605957]]
+    np.testing.assert_allclose(prior.sample(jax.random.key(1)), expected, rtol=2e-5)
+    np.testing.assert_allclose(prior.log_prob(jnp.ones((2, 2))), [-5.926540374755859, -5.859447956085205], rtol=2e-5)
+    bits = ppd.load(DATA / "binomial_format_1.zip").sample(jax.random.key(1), (4,))
+    np.testing.assert_array_equal(bits, [[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
+
+
+def test_any_damage_is_a_value_error(tmp_path):
+    path, prior = tmp_path / "a.ppd", PRIORS["binomial"]()
+    ppd.save(path, prior)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for place in generator.integers(0, len(whole), 120):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << generator.integers(8))]) + whole[place + 1 :])
+        try:
+            assert ppd.load(path) == prior  # a byte that nothing reads
+        except ValueError:
+            refused += 1
+    assert refused > 60
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_mode(tmp_path):
+    target, link = tmp_path / "target.ppd", tmp_path / "link.ppd"
+    ppd.save(target, PRIORS["gaussian"]())
+    target.chmod(0o640)
+    link.symlink_to(target)
+    ppd.save(link, PRIORS["binomial"]())
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o640
+    assert ppd.load(target) == PRIORS["binomial"]()
+    assert sorted(tmp_path.iterdir()) == [link, target]
+
+
+def test_a_path_that_is_no_place_for_a_file(tmp_path):
+    prior = PRIORS["gaussian"]()
+    with pytest.raises(IsADirectoryError, match=r"path must be that of a file; .* is a folder"):
+        ppd.save(tmp_path, prior)
+    with pytest.raises(FileNotFoundError, match=r"path must be in a folder that exists; .*nowhere does not"):
+        ppd.save(tmp_path / "nowhere" / "a.ppd", prior)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_of_ones_own_with_an_entry(tmp_path):
+    class Own(ppd.GaussianKernel, saved_as="test_saving.Own"):
+        pass
+
+    prior = trained(ppd.Diffusion(Own((2,)), ppd.FixedSchedule.constant_erasure(3), ppd.networks.MLP((4,))))
+    ppd.save(tmp_path / "a.ppd", prior)
+    assert ppd.load(tmp_path / "a.ppd") == prior

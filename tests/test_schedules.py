@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import pp_diffusion as ppd
 
+pytestmark = pytest.mark.as_users
+
 
 def reference(betas):
     """Every derived rate, in float64, by the textbook formulas."""

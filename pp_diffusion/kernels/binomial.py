@@ -17,8 +17,6 @@ from pp_diffusion.rules import Parameterization
 from pp_diffusion.schedules import Rates
 from pp_diffusion.states import Bits
 
-_FLIPS_AT_ONCE = 64  # states with one bit flipped that are in memory together
-
 
 def _direct(kernel: BinomialKernel, x_t: Array, rates: Rates, probs: Array) -> dist.Distribution:
     r"""The output is the paper's :math:`f_b`, the probability of a 1 at t-1."""
@@ -142,17 +140,9 @@ class BinomialKernel(Kernel, saved_as="BinomialKernel"):
     ) -> dist.Distribution:
         r"""Per bit :math:`cd / (cd + (1-c)(1-d))` (table App. 1), with c the probability of a 1 and d the share of r
         where the bit is on, among this state and the one where it is off; the other bits are those of a draw."""
-        bits = self.as_state(distribution.sample(rng_key))
-        rows = bits.reshape(*distribution.batch_shape, -1)
-
-        def flip(i: Array) -> Array:
-            return log_r(rows.at[..., i].set(1 - rows[..., i]).reshape(bits.shape))
-
-        here = self.over_events(log_r(bits))
-        flipped = jax.lax.map(flip, jnp.arange(rows.shape[-1]), batch_size=_FLIPS_AT_ONCE)
-        flipped = jnp.moveaxis(flipped, 0, -1).reshape(bits.shape)
-        both_impossible = jnp.isneginf(here) & jnp.isneginf(flipped)  # which says nothing about this bit
-        log_odds = jnp.where(both_impossible, 0.0, jnp.where(bits == 1, here - flipped, flipped - here))
+        zero, one = self.state_space.log_r_of_values(self.as_state(distribution.sample(rng_key)), log_r)
+        both_impossible = jnp.isneginf(zero) & jnp.isneginf(one)  # which says nothing about this bit
+        log_odds = jnp.where(both_impossible, 0.0, one - zero)
         return self.bernoulli(base_of(distribution).logits + log_odds)
 
     def entropy(self, distribution: dist.Distribution) -> Array:

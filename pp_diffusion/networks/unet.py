@@ -69,7 +69,7 @@ class UNet(nn.Module):
         level = log_snr.reshape(-1)
         time = self._time(level, [c.reshape(rows, -1) for c in context_features(context, t)])
         dtype = self.dtype or exact.dtype
-        x = pad_to_multiple(self._inputs(exact, level).astype(dtype), 2 ** (len(self.channels) - 1))
+        x = pad_to_multiple(self.inputs(exact, level).astype(dtype), 2 ** (len(self.channels) - 1))
 
         # the highest first; each is half as wide and high as the one before
         x, skips = self._conv(self.channels[0])(x), []
@@ -90,7 +90,7 @@ class UNet(nn.Module):
         out = readout(x.astype(exact.dtype), jnp.broadcast_to(t.reshape(-1, 1, 1), x.shape[:-1]), (num_channels,))
         return tuple(o.reshape(x_t.shape) for o in out)
 
-    def _inputs(self, x: Array, log_snr: Array) -> Array:
+    def inputs(self, x: Array, log_snr: Array) -> Array:
         """The state, in two parts where the inner precision holds it only in two, and its sines and cosines."""
         parts = [x]
         if self.dtype is not None:

@@ -14,13 +14,13 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from pp_diffusion.checks import positive_int
-from pp_diffusion.posterior.factors import Factors, read_model
+from pp_diffusion.posterior.factors import read_model
 from pp_diffusion.posterior.particles import log_mean
-from pp_diffusion.posterior.plain import plain_evidence
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
+from pp_diffusion.posterior.survey import num_draws, survey
 from pp_diffusion.posterior.twists import as_twist
-from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
+from pp_diffusion.posterior.verdicts import BELIEVABLE
 from pp_diffusion.units import nats_to_bits
 
 
@@ -112,7 +112,9 @@ class SMC:
         self._run = None
         _refuse_tracers(rng_key, args, kwargs)
         factors = read_model(self.model, args, kwargs)
-        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves)
+        num_plain = num_draws(factors, int(self.plain_share * self.num_particles * self.num_chains))
+        surveyed = survey(jax.random.fold_in(rng_key, 1), factors, num_plain)
+        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, surveyed.calibration)
         state, infos = _init(rng_key, sampler, self.num_particles, self.num_chains)
         total = sampler.num_timesteps
         segment = max(1, -(-(total - 1) // 20)) if self.progress_bar else max(1, total - 1)
@@ -126,15 +128,12 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        plain = self._plain_evidence(rng_key, factors)
+        # no draw meets what is known exactly
+        plain = surveyed.plain(num_plain) if self.plain_share and not factors.num_known else None
         run = Run(sampler, state, infos, partial(self.model, *args, **kwargs), plain)
         run.check()
         self._run = run
         run.warn()
-
-    def _plain_evidence(self, rng_key: Array, factors: Factors) -> Plain | None:
-        num_draws = int(self.plain_share * self.num_particles * self.num_chains)
-        return plain_evidence(jax.random.fold_in(rng_key, 1), factors, num_draws) if num_draws else None
 
     @property
     def _done(self) -> Run:

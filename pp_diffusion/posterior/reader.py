@@ -154,7 +154,7 @@ class Reader(Frozen):
     def measure(self, x: Array, latents: Latents) -> Measured:
         """What the model says at x and latents in the shapes of their sites; latents that are not given are zero."""
         given = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.shapes} | latents
-        return self.traced(self.program, x, given, jax.random.key(0))
+        return self.traced(self.program, x.astype(self.systems.dtype), given, jax.random.key(0))
 
     def measure_states(self, z: Array, latents: Latents) -> Measured:
         """The same at states and latents of systems."""
@@ -174,7 +174,8 @@ class Reader(Frozen):
 
     def origin(self) -> Array:
         """x at the model's origin, in data units and the shape of its site."""
-        return self.systems.to_site(self.in_data_units(jnp.zeros((self.systems.number, *self.systems.state_shape))))
+        systems = self.systems
+        return systems.to_site(self.in_data_units(jnp.zeros((systems.number, *systems.state_shape), systems.dtype)))
 
     def draw(self, rng_key: Array) -> Latents:
         """The latents from their prior."""
@@ -199,7 +200,7 @@ class Reader(Frozen):
     def read(self, z: Array, latents: Latents) -> Reading:
         """The densities at states and latents of systems."""
         found = self.measure_states(z, latents)
-        systems, dtype = self.systems.number, z.dtype
+        systems, dtype = self.systems.number, jnp.result_type(float)  # states may be integers
         zero, empty = jnp.zeros(systems, dtype), jnp.zeros((systems, 0), dtype)
         log_prior = sum(self.log_priors(found).values(), start=zero)
         log_r, log_other, correction = zero, zero, zero

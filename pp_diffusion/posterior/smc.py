@@ -74,18 +74,30 @@ class SMCInfo(NamedTuple):
 
 
 class Sampler(Frozen):
-    """A model's factors, a twist, and the settings: what :func:`init` and :func:`step` work on."""
+    """A model's factors, a twist, and the settings: what :func:`init` and :func:`step` work on.
 
-    data_fields = ("factors",)
+    :param calibration: of predictions, as :func:`~pp_diffusion.posterior.survey.survey` finds it; ``None`` trusts them.
+    """
+
+    data_fields = ("factors", "calibration")
 
     factors: Factors
     twist: Twist
     ess_threshold: float
     num_moves: int
+    calibration: Any
 
-    def __init__(self, factors: Factors, twist: Twist, ess_threshold: float = 0.5, num_moves: int = 5) -> None:
+    def __init__(
+        self,
+        factors: Factors,
+        twist: Twist,
+        ess_threshold: float = 0.5,
+        num_moves: int = 5,
+        calibration: Any = None,
+    ) -> None:
         twist.check(factors)
         self._set(factors=factors, twist=twist, ess_threshold=float(ess_threshold), num_moves=num_moves)
+        self._set(calibration=calibration)
 
     @property
     def num_timesteps(self) -> int:
@@ -96,6 +108,14 @@ class Sampler(Frozen):
     def moves_latents(self) -> bool:
         """Whether there are latents to be moved."""
         return bool(self.factors.latents and self.num_moves)
+
+    def predict(self, x_t: Array, t: Array) -> Prediction:
+        """What step t >= 2 predicts, by one call of the network."""
+        process = self.factors.process
+        prediction = predict(process, x_t, process.rates.at(t - 1))
+        if self.calibration is None:
+            return prediction
+        return self.factors.space.calibrated(prediction, jax.tree.map(lambda a: a[t - 1], self.calibration))
 
     def twist_at(self, state: SMCState, prediction: Prediction, latents: Latents) -> Guided:
         """The twist; where any part of it is not finite, steps are unguided and the twist is NaN."""
@@ -134,9 +154,7 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
 def step(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo]:
     r"""From :math:`x_t` to :math:`x_{t-1}`, t >= 2: weigh by the twist, resample where needed, move other latents, and
     draw; one network call and, for the moment twist, a vector-Jacobian product per observed number."""
-    process = sampler.factors.process
-    rates = process.rates.at(state.t - 1)
-    return _step(sampler, state, lambda x: predict(process, x, rates))
+    return _step(sampler, state, lambda x: sampler.predict(x, state.t))
 
 
 def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInfo]:

@@ -44,6 +44,7 @@ class Systems(NamedTuple):
     :ivar event_ndim: how many of its axes are the kernel's event.
     :ivar site_shape: of x at its site.
     :ivar plates: the names of these plates.
+    :ivar dtype: of x.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Systems(NamedTuple):
     event_ndim: int
     site_shape: tuple[int, ...]
     plates: tuple[str, ...]
+    dtype: Any
 
     @property
     def number(self) -> int:
@@ -85,4 +87,4 @@ def systems_of(message: Message, frames: Sequence[Any]) -> Systems:
     layout = Layout(tuple(frame.dim - inner for frame in frames), len(fn.shape()) - event_ndim)
     state_shape = layout.split(np.zeros(fn.shape())).shape[1:]
     sizes, names = tuple(frame.size for frame in frames), tuple(frame.name for frame in frames)
-    return Systems(sizes, layout, tuple(state_shape), event_ndim, fn.shape(), names)
+    return Systems(sizes, layout, tuple(state_shape), event_ndim, fn.shape(), names, message["value"].dtype)

@@ -13,6 +13,7 @@ from jax import Array
 
 from pp_diffusion.schedules import Rates
 from pp_diffusion.states.conditioning import condition
+from pp_diffusion.states.errors import Errors, calibrated, errors
 from pp_diffusion.states.outlook import Arrival, Onward, Outlook
 from pp_diffusion.states.rows import fit_coordinates
 from pp_diffusion.states.space import (
@@ -52,6 +53,7 @@ class Continuous(StateSpace):
 
     data_fields = ("kernel",)
     sets_known = True
+    has_errors = True
 
     kernel: NormalKernel
 
@@ -77,6 +79,12 @@ class Continuous(StateSpace):
     def predict_itself(self, x: Array, rates: Rates, step: dist.Distribution) -> Prediction:
         variance = step.variance
         return Prediction(x, rates, step, step.mean, variance, lambda v: variance * v, jnp.ones(()), True, step)
+
+    def errors(self, prediction: Prediction, x_0: Array, rng_key: Array) -> Errors:
+        return errors(prediction, x_0, rng_key)
+
+    def calibrated(self, prediction: Prediction, errors: Errors) -> Prediction:
+        return calibrated(prediction, errors)
 
     def condition(self, prediction: Prediction, r: Likelihood, rng_key: Array, *, most_rows: int) -> Guided:
         """As if x_0 were normal with Tweedie's mean and covariance, and what is observed linear in it; densities

@@ -183,6 +183,17 @@ class StateSpace(Frozen):
         """A step whose draws are what is predicted: the last one, and the start."""
         raise NotImplementedError
 
+    #: Whether predictions have errors that :meth:`calibrated` makes use of.
+    has_errors: ClassVar[bool] = False
+
+    def errors(self, prediction: Prediction, x_0: Array, rng_key: Array) -> Any:
+        """What a prediction's errors are like, by draws of :math:`x_0` and :math:`x_t` given it."""
+        raise NotImplementedError(f"{type(self).__name__} does not judge predictions")
+
+    def calibrated(self, prediction: Prediction, errors: Any) -> Prediction:
+        """The prediction, as far as its errors at other draws let it be trusted."""
+        return prediction
+
     # --- what twists ask ---
 
     @abstractmethod

@@ -106,8 +106,9 @@ def fit(
     :param rng_key: a JAX random key.
     :param Diffusion diffusion: what to train.
     :param data: an array of shape ``(N, *event_shape)``; or an iterable of batches; or a function
-        ``rng_key -> batch``, traced into the update, for endless simulated data. A batch is an array, or a pair
-        ``(x, context)``.
+        ``rng_key -> batch``, traced into the update, for endless simulated data. Large arrays that it draws from are
+        given to it by a :class:`jax.tree_util.Partial`, which makes them arguments of the compiled program. A batch is
+        an array, or a pair ``(x, context)``.
     :param int num_steps: optimiser updates.
     :param int batch_size: rows per update, for an array (at most N).
     :param optimizer: an optax optimiser, or one of NumPyro's; the default is Adam with warm-up, cosine decay to zero,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 from pp_diffusion import contexts
 from pp_diffusion.checks import find_ties, name_columns
@@ -169,12 +170,14 @@ class Simulated(Source):
 
 
 class DrawFeed(Feed):
-    """A new batch for each update."""
+    """A new batch for each update; the arrays of a :class:`jax.tree_util.Partial` are leaves."""
 
-    draw: Callable[[Array], Any]
+    data_fields = ("draw",)
+
+    draw: Partial
 
     def __init__(self, draw: Callable[[Array], Any]) -> None:
-        self._set(draw=draw)
+        self._set(draw=draw if isinstance(draw, Partial) else Partial(draw))
 
     def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
         rng_key, batch_key = jax.random.split(rng_key)

@@ -155,7 +155,7 @@ def test_reverse_steps_in_single_precision(d_x):
     np.testing.assert_allclose(single[1], double[1], atol=2e-3)
 
 
-@pytest.mark.parametrize("d_x", [2, 8, 80])
+@pytest.mark.parametrize("d_x", [2, 8, pytest.param(80, marks=pytest.mark.slow)])
 def test_draws_of_the_diffusion_are_the_mixture(d_x):
     """To .01 of the modes' probabilities (found: .005, .009, .013 with 400 000 draws), on top of the draws' own .01."""
     problem = mixture.problem(d_x, 1, seed=0)

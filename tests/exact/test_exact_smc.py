@@ -336,10 +336,10 @@ LIKELIHOODS = {
     ("model", "twist"),
     [
         (some_known, "moment"),
-        (counted, "moment"),
         *(
             pytest.param(model, twist, marks=pytest.mark.slow)
             for model, twist in (
+                (counted, "moment"),
                 (through_flips, "moment"),
                 (by_a_factor, "moment"),
                 (through_flips, "annealed"),

@@ -28,8 +28,9 @@ class Weights(NamedTuple):
     tail: float
 
 
-def law_of_weights(prior, x):
-    """From the Hessians of the path densities, in float64."""
+@jax.jit
+def moments_of_weights(prior, x):
+    """log E w, log E w² and the tail's shape, from the Hessians of the path densities."""
     process, shape = prior.process, (prior.num_timesteps, 2)
     q = ppd.ForwardTrajectory(process.kernel, process.rates, x)
     p = ppd.ReverseTrajectory(process.kernel, process.rates, process)
@@ -52,9 +53,14 @@ def law_of_weights(prior, x):
         - 0.5 * jnp.linalg.slogdet(jnp.eye(len(a)) - power * a)[1]
         for power in (1, 2)
     ]
-    tail = float(jnp.linalg.eigvalsh(a)[-1])
-    relative_sd = float(jnp.sqrt(jnp.expm1(log_moments[1] - 2 * log_moments[0]))) if tail < 0.5 else np.inf
-    return Weights(float(log_moments[0]), relative_sd, tail)
+    return *log_moments, jnp.linalg.eigvalsh(a)[-1]
+
+
+def law_of_weights(prior, x):
+    """In float64."""
+    log_mean, log_square, tail = (float(a) for a in moments_of_weights(prior, x))
+    relative_sd = np.sqrt(np.expm1(log_square - 2 * log_mean)) if tail < 0.5 else np.inf
+    return Weights(log_mean, relative_sd, tail)
 
 
 def linear_prior(num_timesteps, final_log_snr=-20.0, *, slope=0.0, offset=0.0, spread=1.0):
