@@ -23,6 +23,8 @@ MOST_STATES = 2**8
 NUM_DRAWS = 32
 #: By so much at most, the paper's perturbation changes the log odds of two values.
 LARGEST_TILT = 10.0
+#: Below this log probability, a state counts as one that the law of x_0 does not know.
+LEAST_LOG_PROB = -60.0
 #: Random states at which it is found out which entries an observed number depends on.
 NUM_PROBES = 32
 #: States with one entry changed that are in memory together.
@@ -178,7 +180,10 @@ class Finite(StateSpace):
         log_r = log_prob + jax.vmap(r.log_r)(of_shape)
         weights = jax.nn.softmax(log_r, axis=0)
         weights = jnp.where(jnp.isfinite(weights), weights, 1 / len(x))
-        return Guided(jax.nn.logsumexp(log_r, axis=0), self._propose(prediction, law.seen(weights, x, trust)))
+        log_twist = jax.nn.logsumexp(log_r, axis=0)
+        # a law under which all that r allows is impossible says nothing: no twist, and not one of 1e-38
+        log_twist = jnp.where(log_twist - (log_r - log_prob).max(0) > LEAST_LOG_PROB, log_twist, jnp.nan)
+        return Guided(log_twist, self._propose(prediction, law.seen(weights, x, trust)))
 
     def shift(self, prediction: Prediction, log_twist: Callable[[Array], Array]) -> Guided:
         """The step itself: there is no gradient to go along."""
