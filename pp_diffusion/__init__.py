@@ -38,6 +38,7 @@ from pp_diffusion.schedules import FixedSchedule as FixedSchedule
 from pp_diffusion.schedules import LearnedSchedule as LearnedSchedule
 from pp_diffusion.schedules import Rates as Rates
 from pp_diffusion.schedules import Schedule as Schedule
+from pp_diffusion.tempered import TemperedSMC as TemperedSMC
 from pp_diffusion.training.fit import FitResult as FitResult
 from pp_diffusion.training.fit import NonFiniteLossError as NonFiniteLossError
 from pp_diffusion.training.fit import fit as fit

@@ -102,9 +102,8 @@ def test_draws_without_their_noise():
     assert np.abs(again["y"] - x).max() < 4 * NOISE
 
 
-@pytest.mark.parametrize(
-    "guide", [AutoMultivariateNormal, pytest.param(AutoNormal, marks=SLOW), pytest.param(AutoIAFNormal, marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoIAFNormal])
 def test_autoguides(guide):
     guide = guide(model)
     svi = SVI(model, guide, optax.adam(0.03), Trace_ELBO(8))
@@ -223,6 +222,7 @@ def test_nested_plates():
     assert trace["x"]["value"].shape == trace["x_noise"]["value"].shape == (2, 3, 2)
 
 
+@SLOW
 @pytest.mark.filterwarnings("ignore:Some donated buffers")  # NumPyro's own, under vmap
 def test_vmap_over_data_sets():
     """A posterior for each, in one program."""
