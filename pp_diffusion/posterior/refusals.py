@@ -47,8 +47,8 @@ def prior_site(messages: Mapping[str, Message]) -> Message:
     prior = base_of(message)
     if prior.support.is_discrete != prior.kernel.support.is_discrete:
         raise ValueError(
-            f"site {name!r}: SMC does not serve last_step='discretized', whose x is integers while its states are real; "
-            "use the same prior with last_step='network'"
+            f"site {name!r}: SMC does not serve last_step='discretized': x is integers, its states are real. "
+            "Use the same prior with last_step='network'"
         )
     if message["is_observed"]:
         raise ValueError(f"site {name!r} with the DiffusionPrior is observed; there is nothing to infer about x")
