@@ -28,6 +28,8 @@ from pp_diffusion.states.space import (
     Reading,
     flattened,
     in_one_axis,
+    merged,
+    parted,
     value_and_gradient,
 )
 
@@ -49,11 +51,12 @@ class Observed(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What the observations say, and how: for :func:`limit`.
+    """What the observations say, and how. With one axis in place of ``(P, C, S)``: see
+    :func:`~pp_diffusion.states.space.in_one_axis`.
 
-    :ivar H: gradients of what is observed, shape ``(P, C, S, K, D)``.
+    :ivar H: gradients of what is observed, shape ``(N, K, D)``.
     :ivar CH: their products with C.
-    :ivar E: a matrix, shape ``(P, C, S, K, K)``.
+    :ivar E: a matrix, shape ``(N, K, K)``.
     :ivar HCH: of the same shape, E + HCH being positive.
     :ivar root_S: the Cholesky factor of S = E + HCH.
     """
@@ -95,7 +98,7 @@ def condition(
         log_value += log_left
     updated, log_density = update(outlook, rows)
     if S is None:
-        S = jnp.diagonal(updated.E + updated.HCH, axis1=-2, axis2=-1)
+        S = jnp.diagonal(updated.E + updated.HCH, axis1=-2, axis2=-1).reshape(rows.e.shape)
     shift = None if gradient is None else outlook.shift(gradient)
     return Guided(log_value + log_density + restored(observed, S), propose(outlook, rows, updated, shift))
 
@@ -123,19 +126,17 @@ def observe(outlook: Outlook, r: Likelihood, power: Array | float) -> Observed:
 def update(outlook: Outlook, rows: Rows) -> tuple[Update, Array]:
     """S = H C H' + E, and log N(e; 0, S)."""
     K, batch = rows.number, rows.e.shape[:-1]
-
-    def flat(a: Array) -> Array:
-        return jnp.moveaxis(a.reshape(K, *batch, -1), 0, -2)
-
     seeds = jnp.eye(K, dtype=outlook.scale.dtype)[(slice(None), *(None,) * BATCH_NDIM)]
     gradients = jax.vmap(rows.pull)(jnp.broadcast_to(seeds, (K, *batch, K)))
     # on a CPU, one product after the other was seen to be three times faster
     one_by_one, at_once = partial(jax.lax.map, outlook.C), jax.vmap(outlook.C)
-    H, CH = flat(gradients), flat(jax.lax.platform_dependent(gradients, cpu=one_by_one, default=at_once))
-    E = rows.E[..., None] * jnp.eye(K, dtype=rows.E.dtype)
-    CH, HCH = outlook.trusted(H, CH, in_one_axis(partial(einsum, "nkd,nld->nkl"), H, CH), E)
-    root_S, log_density = in_one_axis(_log_normal, E + HCH, rows.e)
-    return Update(H, CH, E, HCH, root_S), log_density
+    products = jax.lax.platform_dependent(gradients, cpu=one_by_one, default=at_once)
+    H, CH = (jnp.moveaxis(a.reshape(K, math.prod(batch), -1), 0, 1) for a in (gradients, products))
+    e, E = merged((rows.e, rows.E))
+    E = E[..., None] * jnp.eye(K, dtype=E.dtype)
+    CH, HCH = outlook.trusted(H, CH, einsum("nkd,nld->nkl", H, CH), E)
+    root_S, log_density = _log_normal(E + HCH, e)
+    return Update(H, CH, E, HCH, root_S), log_density.reshape(batch)
 
 
 def _log_normal(S: Array, e: Array) -> tuple[Array, Array]:
@@ -149,8 +150,9 @@ def propose(outlook: Outlook, rows: Rows, updated: Update, shift: Array | None) 
     """The step given e: with as much of G as leaves its own variance positive."""
     G = outlook.gain(updated.H, updated.CH)
     share, root_R = outlook.limit(G, updated.HCH, updated.E)
+    G, share, root_S, root_R = parted((G, share, updated.root_S, root_R), rows.e.shape[:-1])
     mean, scale = flattened(outlook.mean), flattened(outlook.scale)
-    return NormalProposal(mean, scale, G, share, updated.root_S, root_R, rows.e, shift, outlook.log_known)
+    return NormalProposal(mean, scale, G, share, root_S, root_R, rows.e, shift, outlook.log_known)
 
 
 def restored(observed: Observed, S: Array) -> Array:

@@ -25,6 +25,7 @@ from pp_diffusion.states.space import (
     Words,
     in_one_axis,
     merged,
+    parted,
 )
 
 #: Up to so many states, r is averaged over all of them.
@@ -282,4 +283,4 @@ def _weighed(log_joint: Array, law: Any, x: Array, trust: float) -> tuple[Array,
     weights = jnp.where(jnp.isfinite(weights), weights, 1 / number)
     x_0 = merged(law).seen(weights, x if x.ndim == 2 else x.reshape(number, -1, x.shape[-1]), trust)
     log_mean = jax.nn.logsumexp(log_joint, axis=0)
-    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), (log_mean, x_0))
+    return parted((log_mean, x_0), tuple(batch))

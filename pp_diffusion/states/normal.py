@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pp_diffusion.matrices import einsum, half_log_det, solve, solve_lower
-from pp_diffusion.states.space import in_one_axis, in_shape
+from pp_diffusion.states.space import in_one_axis
 
 
 class NormalProposal(NamedTuple):
@@ -72,17 +72,16 @@ class NormalProposal(NamedTuple):
 
     def where(self, condition: Array) -> NormalProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
+        return in_one_axis(NormalProposal._chosen, self, condition)
 
-        def choose(part: Array, otherwise: Array | float) -> Array:
-            return jnp.where(in_shape(part, condition), part, otherwise)
-
-        identity = jnp.eye(self.root_S.shape[-1], dtype=self.root_S.dtype)
+    def _chosen(self, condition: Array) -> NormalProposal:
+        holds, identity = condition[:, None], jnp.eye(self.root_S.shape[-1], dtype=self.root_S.dtype)
         return self._replace(
-            share=choose(self.share, 0.0),
-            root_S=choose(self.root_S, identity),
-            root_R=choose(self.root_R, identity),
-            e=choose(self.e, 0.0),
-            shift=None if self.shift is None else choose(self.shift, 0.0),
+            share=jnp.where(holds, self.share, 0.0),
+            root_S=jnp.where(holds[..., None], self.root_S, identity),
+            root_R=jnp.where(holds[..., None], self.root_R, identity),
+            e=jnp.where(holds, self.e, 0.0),
+            shift=None if self.shift is None else jnp.where(holds, self.shift, 0.0),
         )
 
     @property

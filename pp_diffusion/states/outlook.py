@@ -14,7 +14,7 @@ from jax import Array
 
 from pp_diffusion.matrices import cholesky, einsum
 from pp_diffusion.states.normal import DiagonalProposal
-from pp_diffusion.states.space import BATCH_NDIM, Likelihood, Prediction, flattened, in_one_axis
+from pp_diffusion.states.space import BATCH_NDIM, Likelihood, Prediction, as_rows, flattened
 
 #: The share of the variance that positive matrices have to keep in any direction.
 LEAST_VARIANCE = 1e-3
@@ -49,7 +49,7 @@ class Outlook:
 
     @abstractmethod
     def trusted(self, H: Array, CH: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        """CH and HCH as far as E + HCH is positive."""
+        """CH and HCH as far as E + HCH is positive; arrays with one axis of particles, as those of :meth:`limit`."""
 
     @abstractmethod
     def gain(self, H: Array, CH: Array) -> Array:
@@ -57,7 +57,7 @@ class Outlook:
 
     @abstractmethod
     def limit(self, G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        """The share of G that the step can bear, shape ``(P, C, S, 1)``, and the Cholesky factor of what it leaves."""
+        """The share of G that the step can bear, shape ``(N, 1)``, and the Cholesky factor of what it leaves."""
 
     @abstractmethod
     def narrowed(self, kept: Array) -> Array:
@@ -104,13 +104,15 @@ class Onward(Outlook):
 
     def trusted(self, H: Array, CH: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
         """By the Jacobian as far as it is positive, and else by the variances, with which all is."""
-        return in_one_axis(_trusted, H, CH, HCH, E, flattened(self.variance)[..., None, :])
+        return _trusted(H, CH, HCH, E, as_rows(self.variance)[:, None])
 
     def gain(self, H: Array, CH: Array) -> Array:
-        return self.slope * CH / flattened(self.scale)[..., None, :]
+        return self.slope * CH / as_rows(self.scale)[:, None]
 
     def limit(self, G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        return in_one_axis(_limited, G, HCH, E)
+        GG = einsum("nkd,nld->nkl", G, G)
+        share = _largest(lambda t: E + (1 - LEAST_VARIANCE) * HCH - t**2 * GG)
+        return share[..., 0], cholesky(E + HCH - share**2 * GG)
 
     def narrowed(self, kept: Array) -> Array:
         taken = self.slope**2 * self.variance * (1 - kept) / self.scale**2
@@ -148,10 +150,10 @@ class Arrival(Outlook):
         return CH, HCH
 
     def gain(self, H: Array, CH: Array) -> Array:
-        return H * flattened(self.scale)[..., None, :]  # which may be zero
+        return H * as_rows(self.scale)[:, None]  # which may be zero
 
     def limit(self, G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        return jnp.ones((*G.shape[:BATCH_NDIM], 1), G.dtype), in_one_axis(cholesky, E)
+        return jnp.ones((len(G), 1), G.dtype), cholesky(E)
 
     def narrowed(self, kept: Array) -> Array:
         return jnp.sqrt(jnp.clip(kept, 1e-6, 1.0))
@@ -170,7 +172,7 @@ def _trusted(H: Array, CH: Array, HCH: Array, E: Array, variance: Array) -> tupl
     whole = ~jnp.isnan(cholesky(E + HCH - floor)).any((-2, -1), keepdims=True)
 
     def mixed() -> tuple[Array, Array]:
-        least = einsum("...kd,...ld->...kl", H, H * variance)
+        least = einsum("nkd,nld->nkl", H, H * variance)
         part = _largest(lambda t: E + t * HCH + (1 - t) * least - LEAST_VARIANCE * (E + least))
         trust = jnp.where(whole, 1.0, jnp.minimum(part, 0.6))
         return trust * HCH + (1 - trust) * least, trust
@@ -179,14 +181,7 @@ def _trusted(H: Array, CH: Array, HCH: Array, E: Array, variance: Array) -> tupl
     return trust * CH + (1 - trust) * H * variance, HCH
 
 
-def _limited(G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-    """The share of G that leaves S - G G' positive, and the Cholesky factor of that."""
-    GG = einsum("...kd,...ld->...kl", G, G)
-    share = _largest(lambda t: E + (1 - LEAST_VARIANCE) * HCH - t**2 * GG)
-    return share[..., 0], cholesky(E + HCH - share**2 * GG)
-
-
 def _largest(matrix: Callable[[Array | float], Array]) -> Array:
-    """The largest t of 1, .6 and 0 for which ``matrix(t)`` is positive, of shape ``(…, 1, 1)``."""
+    """The largest t of 1, .6 and 0 for which ``matrix(t)`` is positive, of shape ``(N, 1, 1)``."""
     whole, part = (jnp.isnan(cholesky(matrix(t))).any((-2, -1), keepdims=True) for t in (1.0, 0.6))
     return jnp.where(whole, jnp.where(part, 0.0, 0.6), 1.0)

@@ -9,6 +9,7 @@ Arrays of particles have shape ``(P, C, S, …)``: P particles, C chains, S inde
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -264,14 +265,14 @@ class StateSpace(Frozen):
         return None
 
 
-def in_shape(a: Array, condition: Array) -> Array:
-    """A condition of batch shape, to choose between arrays with more axes."""
-    return condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim))
-
-
 def flattened(a: Array) -> Array:
     """States ``(P, C, S, *state_shape)`` as ``(P, C, S, D)``."""
     return a.reshape(*a.shape[:BATCH_NDIM], -1)
+
+
+def as_rows(a: Array) -> Array:
+    """States as rows, ``(P C S, D)``."""
+    return flattened(a).reshape(-1, math.prod(a.shape[BATCH_NDIM:]))
 
 
 def merged(parts: Any) -> Any:
@@ -279,13 +280,17 @@ def merged(parts: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[BATCH_NDIM:]), parts)
 
 
+def parted(parts: Any, batch: tuple[int, ...]) -> Any:
+    """The inverse of :func:`merged`."""
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), parts)
+
+
 def in_one_axis(function: Callable[..., Any], *parts: Any) -> Any:
     """A function of arrays of particles, with one axis in place of ``(P, C, S)`` while it is computed.
 
     XLA's loops over four axes and more were seen to take up to 20 times as long on a CPU.
     """
-    batch = jax.tree.leaves(parts)[0].shape[:BATCH_NDIM]
-    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), function(*merged(parts)))
+    return parted(function(*merged(parts)), jax.tree.leaves(parts)[0].shape[:BATCH_NDIM])
 
 
 def value_and_gradient(function: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
