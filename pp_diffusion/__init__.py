@@ -15,7 +15,6 @@ from pp_diffusion.entropies import entropy_bounds as entropy_bounds
 from pp_diffusion.entropies import reverse_entropy as reverse_entropy
 from pp_diffusion.flow import DiffusionFlow as DiffusionFlow
 from pp_diffusion.flow import FlowCheck as FlowCheck
-from pp_diffusion.flow_reparam import FlowReparam as FlowReparam
 from pp_diffusion.kernels import BinomialKernel as BinomialKernel
 from pp_diffusion.kernels import GaussianKernel as GaussianKernel
 from pp_diffusion.kernels import Kernel as Kernel
@@ -23,13 +22,15 @@ from pp_diffusion.last_step import Discretized as Discretized
 from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
 from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.objectives import log_weight as log_weight
-from pp_diffusion.perturb import perturb as perturb
 from pp_diffusion.posterior.api import SMC as SMC
 from pp_diffusion.posterior.comparison import EvidenceComparison as EvidenceComparison
 from pp_diffusion.posterior.comparison import compare_evidence as compare_evidence
+from pp_diffusion.posterior.flow_reparam import FlowReparam as FlowReparam
+from pp_diffusion.posterior.perturb import perturb as perturb
+from pp_diffusion.posterior.reparam import TrajectoryReparam as TrajectoryReparam
+from pp_diffusion.posterior.tempered import TemperedSMC as TemperedSMC
 from pp_diffusion.posterior.verdicts import CollapseWarning as CollapseWarning
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
-from pp_diffusion.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess
 from pp_diffusion.rules import Parameterization as Parameterization
 from pp_diffusion.saving import load as load
@@ -38,7 +39,6 @@ from pp_diffusion.schedules import FixedSchedule as FixedSchedule
 from pp_diffusion.schedules import LearnedSchedule as LearnedSchedule
 from pp_diffusion.schedules import Rates as Rates
 from pp_diffusion.schedules import Schedule as Schedule
-from pp_diffusion.tempered import TemperedSMC as TemperedSMC
 from pp_diffusion.training.fit import FitResult as FitResult
 from pp_diffusion.training.fit import NonFiniteLossError as NonFiniteLossError
 from pp_diffusion.training.fit import fit as fit

@@ -16,13 +16,13 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ROOMS = (  # from the ground up: a room may use itself and those before it
     ("checks", "divergence", "frozen", "inference_data", "levels", "matrices", "rules", "solvers", "units", "version"),
-    ("contexts", "datasets", "networks", "schedules", "substituted", "transforms"),
+    ("contexts", "datasets", "networks", "schedules", "transforms"),
     ("states",),
     ("kernels",),
     ("data_space", "last_step", "reverse", "chain", "objectives", "trajectories"),
     ("prior",),
-    ("perturb", "reparam", "rows", "bounds", "entropies", "weights", "likelihood", "plotting"),
-    ("probability_flow", "flow", "flow_reparam"),
+    ("rows", "bounds", "entropies", "weights", "likelihood", "plotting"),
+    ("probability_flow", "flow"),
     ("recipe", "diffusion", "training", "saving"),
     ("posterior", "smc", "tempered", "twists"),
     ("",),

@@ -44,6 +44,12 @@ def prior_site(messages: Mapping[str, Message]) -> Message:
         raise ValueError(f"model must have one site with a DiffusionPrior; it has {len(priors)}: {in_words(names)}")
     (message,) = priors
     name = message["name"]
+    prior = base_of(message)
+    if prior.support.is_discrete != prior.kernel.support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: SMC does not serve last_step='discretized': x is integers, its states are real. "
+            "Use the same prior with last_step='network'"
+        )
     if message["is_observed"]:
         raise ValueError(f"site {name!r} with the DiffusionPrior is observed; there is nothing to infer about x")
     if unwrap(message["fn"]).mask is not None:

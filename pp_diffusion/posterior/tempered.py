@@ -145,7 +145,7 @@ class _Target:
         latents = {}
         for name, site in handlers.trace(handlers.seed(self.program, rng_key)).get_trace().items():
             if site["type"] == "sample" and not site["is_observed"]:
-                if site["fn"].is_discrete:
+                if site["fn"].support.is_discrete:
                     raise ValueError(f"site {name!r} is discrete: TemperedSMC is for continuous latents")
                 latents[name] = biject_to(site["fn"].support)._inverse(site["value"])
         if not latents:

@@ -13,8 +13,8 @@ from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.chain import walk
+from pp_diffusion.posterior.substituted import substituted
 from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.substituted import substituted
 
 
 class TrajectoryReparam(Reparam):
@@ -79,12 +79,12 @@ class TrajectoryReparam(Reparam):
                 f"{type(prior).__name__}"
             )
         kernel = prior.kernel
-        if kernel.is_discrete:
+        if kernel.support.is_discrete:
             raise ValueError(
                 f"site {name!r} has a {type(kernel).__name__}, whose draws are discrete: TrajectoryReparam is for "
                 "Gaussian kernels. Use pp_diffusion.SMC(model, ...)"
             )
-        if prior.space.is_discrete:
+        if prior.support.is_discrete:
             raise ValueError(
                 f"site {name!r} has last_step='discretized', whose draws are integers: TrajectoryReparam is for "
                 "continuous priors"

@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.flow import DiffusionFlow
-from pp_diffusion.substituted import substituted
+from pp_diffusion.posterior.substituted import substituted
 
 
 class FlowReparam(Reparam):

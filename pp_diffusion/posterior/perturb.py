@@ -69,7 +69,7 @@ def perturb(
     """
     if not isinstance(prior, DiffusionPrior):
         raise TypeError(f"prior must be a DiffusionPrior (expand the result, not it); got {type(prior).__name__}")
-    if prior.space.is_discrete != prior.kernel.is_discrete:
+    if prior.support.is_discrete != prior.kernel.support.is_discrete:
         raise ValueError("prior must have no last_step='discretized' to be perturbed: its last step is over levels")
     if not callable(log_r):
         raise TypeError(f"log_r must be a function of x; got {type(log_r).__name__}")
