@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pp_diffusion.checks import typed_key
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Exact, Factors, Latents
@@ -128,7 +129,7 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
     r"""Particles at :math:`x_T`, and other latents from their prior."""
     factors, twist = sampler.factors, sampler.twist
     kernel = factors.prior.kernel
-    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(rng_key, 5)
+    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(typed_key(rng_key), 5)
     batch = (num_particles, num_chains, factors.num_systems)
     inner = factors.state_shape[: len(factors.state_shape) - kernel.event_ndim]
     zeros, numbers = jnp.zeros(batch), jnp.arange(num_particles)[:, None, None]
