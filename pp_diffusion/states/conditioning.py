@@ -21,7 +21,15 @@ from pp_diffusion.matrices import cholesky, einsum, half_log_det, solve_lower
 from pp_diffusion.states.normal import NormalProposal
 from pp_diffusion.states.outlook import Outlook
 from pp_diffusion.states.rows import Rows, by_gradients, fit_coordinates, in_coordinates
-from pp_diffusion.states.space import BATCH_NDIM, Guided, Likelihood, Reading, flattened, value_and_gradient
+from pp_diffusion.states.space import (
+    BATCH_NDIM,
+    Guided,
+    Likelihood,
+    Reading,
+    flattened,
+    in_one_axis,
+    value_and_gradient,
+)
 
 #: The log density of what is impossible at m, less a normal one's.
 LEAST_DISCREPANCY = -5.0
@@ -125,11 +133,16 @@ def update(outlook: Outlook, rows: Rows) -> tuple[Update, Array]:
     one_by_one, at_once = partial(jax.lax.map, outlook.C), jax.vmap(outlook.C)
     H, CH = flat(gradients), flat(jax.lax.platform_dependent(gradients, cpu=one_by_one, default=at_once))
     E = rows.E[..., None] * jnp.eye(K, dtype=rows.E.dtype)
-    CH, HCH = outlook.trusted(H, CH, einsum("...kd,...ld->...kl", H, CH), E)
-    root_S = cholesky(E + HCH)
-    white = solve_lower(root_S, rows.e)
-    log_density = -0.5 * (white**2).sum(-1) - half_log_det(root_S) - 0.5 * K * math.log(2 * math.pi)
+    CH, HCH = outlook.trusted(H, CH, in_one_axis(partial(einsum, "nkd,nld->nkl"), H, CH), E)
+    root_S, log_density = in_one_axis(_log_normal, E + HCH, rows.e)
     return Update(H, CH, E, HCH, root_S), log_density
+
+
+def _log_normal(S: Array, e: Array) -> tuple[Array, Array]:
+    """The Cholesky factor of S, and log N(e; 0, S)."""
+    root_S = cholesky(S)
+    white = solve_lower(root_S, e)
+    return root_S, -0.5 * ((white**2).sum(-1) + e.shape[-1] * math.log(2 * math.pi)) - half_log_det(root_S)
 
 
 def propose(outlook: Outlook, rows: Rows, updated: Update, shift: Array | None) -> NormalProposal:
@@ -145,7 +158,8 @@ def restored(observed: Observed, S: Array) -> Array:
 
     As it is, however large: far out, N(e; 0, S) has the normal tail e²/2S to be undone, which is that share of e²/2E.
     """
-    discrepancy, count = observed.discrepancy, observed.discrepancy.shape[-1]
-    share = observed.rows.E[..., :count] / S[..., :count]
+    discrepancy, number = observed.discrepancy, observed.discrepancy.shape[-1]
     # an impossible y may be possible near m
-    return (share * jnp.where(jnp.isneginf(discrepancy), LEAST_DISCREPANCY, discrepancy)).sum(-1)
+    discrepancy = jnp.where(jnp.isneginf(discrepancy), LEAST_DISCREPANCY, discrepancy)
+    E, S = observed.rows.E[..., :number], S[..., :number]
+    return in_one_axis(lambda E, S, discrepancy: (E / S * discrepancy).sum(-1), E, S, discrepancy)

@@ -15,7 +15,17 @@ from jax import Array
 
 from pp_diffusion.schedules import Rates
 from pp_diffusion.states.entries import Categorical, Entries
-from pp_diffusion.states.space import BATCH_NDIM, Guided, Likelihood, Prediction, Size, StateSpace, Words
+from pp_diffusion.states.space import (
+    BATCH_NDIM,
+    Guided,
+    Likelihood,
+    Prediction,
+    Size,
+    StateSpace,
+    Words,
+    in_one_axis,
+    merged,
+)
 
 #: Up to so many states, r is averaged over all of them.
 MOST_STATES = 2**8
@@ -56,7 +66,8 @@ class FiniteProposal(NamedTuple):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the probability that they are drawn with."""
         x = self.drawn.draw(rng_key)
-        return x.reshape(shape), (self.reverse.log_prob(x) - self.drawn.log_prob(x)).sum(-1)
+        log_ratio = in_one_axis(lambda p, m, x: (p.log_prob(x) - m.log_prob(x)).sum(-1), self.reverse, self.drawn, x)
+        return x.reshape(shape), log_ratio
 
     def where(self, condition: Array) -> FiniteProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
@@ -145,7 +156,8 @@ class Finite(StateSpace):
         log_r, rest = self._log_r_by_entry(prediction.x_t.shape, r, owner)
         # where latents may decide which entries are seen, no value becomes impossible
         x_0 = law.tilted(log_r, LARGEST_TILT if r.varies else math.inf)
-        return Guided(law.log_mean(log_r).sum(-1) + rest, self._propose(prediction, x_0))
+        log_mean = in_one_axis(lambda law, log_r: law.log_mean(log_r).sum(-1), law, log_r)
+        return Guided(log_mean + rest, self._propose(prediction, x_0))
 
     def _log_r_by_entry(self, shape: tuple[int, ...], r: Likelihood, owner: Array) -> tuple[list[Array], Array]:
         """log r of each entry at each value, n arrays ``(P, C, S, D)``, and what depends on no entry."""
@@ -171,19 +183,17 @@ class Finite(StateSpace):
             of_shape = jnp.broadcast_to(
                 x.reshape(-1, *(1,) * BATCH_NDIM, *state_shape), (len(x), *particles, *shape[2:])
             )
-            log_prob, trust = law.log_prob_of_states(x), 1 - 1e-3
+            log_prob, trust = merged(law).log_prob_of_states(x).reshape(-1, *batch), 1 - 1e-3
         else:
             uniform = jax.random.uniform(rng_key, (NUM_DRAWS, *(1,) * BATCH_NDIM, size))
             x = self.kernel.as_state(law.quantile(uniform))
             of_shape, log_prob = x.reshape(NUM_DRAWS, *shape), jnp.asarray(-math.log(NUM_DRAWS))
             trust = 1 - 2 / math.sqrt(NUM_DRAWS)  # what few draws do not show has to stay possible
-        log_r = log_prob + jax.vmap(r.log_r)(of_shape)
-        weights = jax.nn.softmax(log_r, axis=0)
-        weights = jnp.where(jnp.isfinite(weights), weights, 1 / len(x))
-        log_twist = jax.nn.logsumexp(log_r, axis=0)
+        log_r = jax.vmap(r.log_r)(of_shape)
+        log_twist, x_0 = _weighed(log_prob + log_r, law, x, trust)
         # a law under which all that r allows is impossible says nothing: no twist, and not one of 1e-38
-        log_twist = jnp.where(log_twist - (log_r - log_prob).max(0) > LEAST_LOG_PROB, log_twist, jnp.nan)
-        return Guided(log_twist, self._propose(prediction, law.seen(weights, x, trust)))
+        log_twist = jnp.where(log_twist - log_r.max(0) > LEAST_LOG_PROB, log_twist, jnp.nan)
+        return Guided(log_twist, self._propose(prediction, x_0))
 
     def shift(self, prediction: Prediction, log_twist: Callable[[Array], Array]) -> Guided:
         """The step itself: there is no gradient to go along."""
@@ -258,3 +268,18 @@ class Finite(StateSpace):
             return None
         owner = (by_one * 2 ** np.arange(len(by_one))[:, None, None]).sum(0)
         return jnp.asarray(np.where((by_zero | by_one).any(0), owner, size))
+
+
+def _weighed(log_joint: Array, law: Any, x: Array, trust: float) -> tuple[Array, Any]:
+    """The log of the mean of r over K states, and the law of x_0 given r.
+
+    :param log_joint: r times each state's probability, shape ``(K, P, C, S)``.
+    :param x: the states, shape ``(K, D)`` or ``(K, P, C, S, D)``.
+    """
+    number, *batch = log_joint.shape
+    log_joint = log_joint.reshape(number, -1)  # as in_one_axis does
+    weights = jax.nn.softmax(log_joint, axis=0)
+    weights = jnp.where(jnp.isfinite(weights), weights, 1 / number)
+    x_0 = merged(law).seen(weights, x if x.ndim == 2 else x.reshape(number, -1, x.shape[-1]), trust)
+    log_mean = jax.nn.logsumexp(log_joint, axis=0)
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), (log_mean, x_0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pp_diffusion.matrices import einsum, half_log_det, solve, solve_lower
-from pp_diffusion.states.space import BATCH_NDIM, in_shape
+from pp_diffusion.states.space import in_one_axis, in_shape
 
 
 class NormalProposal(NamedTuple):
@@ -44,8 +44,12 @@ class NormalProposal(NamedTuple):
         """States, of this shape, and log p - log of the density that they are drawn from."""
         n_key, e_key = jax.random.split(rng_key)
         n = jax.random.normal(n_key, self.mean.shape, self.mean.dtype)
+        x, log_ratio = in_one_axis(NormalProposal._moved, self, n, jax.random.normal(e_key, self.e.shape, n.dtype))
+        return x.reshape(shape), log_ratio
+
+    def _moved(self, n: Array, noise: Array) -> tuple[Array, Array]:
         G, share, root_S, root_R = self.G, self.share, self.root_S, self.root_R
-        noise = einsum("...kl,...l->...k", root_R, jax.random.normal(e_key, self.e.shape, n.dtype))
+        noise = einsum("...kl,...l->...k", root_R, noise)
         # Matheron's rule: e as it would be seen from n, and n moved by K times what it differs from e
         drawn = jnp.where(share > 0, share * einsum("...kd,...d->...k", G, n), 0.0) + noise
         of_drawn, of_e = solve(root_S, drawn), solve(root_S, self.e)
@@ -54,7 +58,7 @@ class NormalProposal(NamedTuple):
         if self.shift is not None:  # the mean is that much further
             log_ratio -= (self.shift * (n + moved + 0.5 * self.shift)).sum(-1)
             moved += self.shift
-        return (self.mean + self.scale * (n + moved)).reshape(shape), log_ratio
+        return self.mean + self.scale * (n + moved), log_ratio
 
     def _log_ratio(self, noise: Array, of_drawn: Array, of_e: Array) -> Array:
         """log p - log of the proposal in terms of K numbers, so that nothing of length D has to be computed again."""
@@ -84,10 +88,12 @@ class NormalProposal(NamedTuple):
     @property
     def is_finite(self) -> Array:
         """Of shape ``(P, C, S)``."""
-        fine = jnp.ones(self.mean.shape[:BATCH_NDIM], bool)
-        for part in jax.tree.leaves((self.root_S, self.root_R, self.e, self.shift)):
-            fine &= jnp.isfinite(part).all(tuple(range(BATCH_NDIM, part.ndim)))
-        return fine
+
+        def is_finite(*parts: Array) -> Array:
+            fine = [jnp.isfinite(part).all(tuple(range(1, part.ndim))) for part in parts]
+            return jnp.stack(fine).all(0)
+
+        return in_one_axis(is_finite, *jax.tree.leaves((self.root_S, self.root_R, self.e, self.shift)))
 
 
 class DiagonalProposal(NamedTuple):
@@ -109,9 +115,13 @@ class DiagonalProposal(NamedTuple):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
         n = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        x, log_ratio = in_one_axis(DiagonalProposal._moved, self, n)
+        return x.reshape(shape), log_ratio
+
+    def _moved(self, n: Array) -> tuple[Array, Array]:
         moved = self.shift + self.spread * n
         log_ratio = (0.5 * (n - moved) * (n + moved) + jnp.log(self.spread)).sum(-1)
-        return (self.mean + self.scale * moved).reshape(shape), log_ratio + self.log_known
+        return self.mean + self.scale * moved, log_ratio + self.log_known
 
     def where(self, condition: Array) -> DiagonalProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""

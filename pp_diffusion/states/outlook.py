@@ -14,7 +14,7 @@ from jax import Array
 
 from pp_diffusion.matrices import cholesky, einsum
 from pp_diffusion.states.normal import DiagonalProposal
-from pp_diffusion.states.space import BATCH_NDIM, Likelihood, Prediction, flattened
+from pp_diffusion.states.space import BATCH_NDIM, Likelihood, Prediction, flattened, in_one_axis
 
 #: The share of the variance that positive matrices have to keep in any direction.
 LEAST_VARIANCE = 1e-3
@@ -104,21 +104,13 @@ class Onward(Outlook):
 
     def trusted(self, H: Array, CH: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
         """By the Jacobian as far as it is positive, and else by the variances, with which all is."""
-        variance = flattened(self.variance)[..., None, :]
-
-        def of_variances() -> Array:
-            return einsum("...kd,...ld->...kl", H, H * variance)
-
-        HCH, trust = _trusted(HCH, E, of_variances)
-        return trust * CH + (1 - trust) * H * variance, HCH
+        return in_one_axis(_trusted, H, CH, HCH, E, flattened(self.variance)[..., None, :])
 
     def gain(self, H: Array, CH: Array) -> Array:
         return self.slope * CH / flattened(self.scale)[..., None, :]
 
     def limit(self, G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        GG = einsum("...kd,...ld->...kl", G, G)
-        share = _largest(lambda t: E + (1 - LEAST_VARIANCE) * HCH - t**2 * GG)
-        return share[..., 0], cholesky(E + HCH - share**2 * GG)
+        return in_one_axis(_limited, G, HCH, E)
 
     def narrowed(self, kept: Array) -> Array:
         taken = self.slope**2 * self.variance * (1 - kept) / self.scale**2
@@ -159,7 +151,7 @@ class Arrival(Outlook):
         return H * flattened(self.scale)[..., None, :]  # which may be zero
 
     def limit(self, G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
-        return jnp.ones((*G.shape[:BATCH_NDIM], 1), G.dtype), cholesky(E)
+        return jnp.ones((*G.shape[:BATCH_NDIM], 1), G.dtype), in_one_axis(cholesky, E)
 
     def narrowed(self, kept: Array) -> Array:
         return jnp.sqrt(jnp.clip(kept, 1e-6, 1.0))
@@ -169,24 +161,32 @@ def _nothing_known(x: Array) -> Array:
     return jnp.zeros(x.shape[:BATCH_NDIM], x.dtype)
 
 
-def _trusted(HCH: Array, E: Array, of_variances: Callable[[], Array]) -> tuple[Array, Array]:
-    """The observations' covariance, and the share of the Jacobian in it, shape ``(P, C, S, 1, 1)``. What the variances
-    make of it costs as much as all the rest, and is seldom needed."""
+def _trusted(H: Array, CH: Array, HCH: Array, E: Array, variance: Array) -> tuple[Array, Array]:
+    """CH and HCH, mixed with what the variances make of them as far as the Jacobian cannot be trusted. That costs as
+    much as all the rest, and is seldom needed."""
     HCH = 0.5 * (HCH + jnp.swapaxes(HCH, -1, -2))
     diagonal = jnp.maximum(jnp.diagonal(HCH, axis1=-2, axis2=-1), 0.0)
     floor = LEAST_VARIANCE * (E + diagonal[..., None] * jnp.eye(HCH.shape[-1], dtype=HCH.dtype))
     whole = ~jnp.isnan(cholesky(E + HCH - floor)).any((-2, -1), keepdims=True)
 
     def mixed() -> tuple[Array, Array]:
-        least = of_variances()
+        least = einsum("...kd,...ld->...kl", H, H * variance)
         part = _largest(lambda t: E + t * HCH + (1 - t) * least - LEAST_VARIANCE * (E + least))
         trust = jnp.where(whole, 1.0, jnp.minimum(part, 0.6))
         return trust * HCH + (1 - trust) * least, trust
 
-    return jax.lax.cond(whole.all(), lambda: (HCH, whole.astype(HCH.dtype)), mixed)
+    HCH, trust = jax.lax.cond(whole.all(), lambda: (HCH, whole.astype(HCH.dtype)), mixed)
+    return trust * CH + (1 - trust) * H * variance, HCH
+
+
+def _limited(G: Array, HCH: Array, E: Array) -> tuple[Array, Array]:
+    """The share of G that leaves S - G G' positive, and the Cholesky factor of that."""
+    GG = einsum("...kd,...ld->...kl", G, G)
+    share = _largest(lambda t: E + (1 - LEAST_VARIANCE) * HCH - t**2 * GG)
+    return share[..., 0], cholesky(E + HCH - share**2 * GG)
 
 
 def _largest(matrix: Callable[[Array | float], Array]) -> Array:
-    """The largest t of 1, .6 and 0 for which ``matrix(t)`` is positive, of shape ``(P, C, S, 1, 1)``."""
+    """The largest t of 1, .6 and 0 for which ``matrix(t)`` is positive, of shape ``(…, 1, 1)``."""
     whole, part = (jnp.isnan(cholesky(matrix(t))).any((-2, -1), keepdims=True) for t in (1.0, 0.6))
     return jnp.where(whole, jnp.where(part, 0.0, 0.6), 1.0)
