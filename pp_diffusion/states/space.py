@@ -9,6 +9,7 @@ Arrays of particles have shape ``(P, C, S, …)``: P particles, C chains, S inde
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -276,7 +277,7 @@ def flattened(a: Array) -> Array:
 
 def merged(parts: Any) -> Any:
     """Arrays of particles with one axis in place of ``(P, C, S)``."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[BATCH_NDIM:]), parts)
+    return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:BATCH_NDIM]), *a.shape[BATCH_NDIM:]), parts)
 
 
 def in_one_axis(function: Callable[..., Any], *parts: Any) -> Any:
