@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 def positive_int(name: str, value: int) -> int:
@@ -17,6 +18,12 @@ def positive_int(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     return int(value)
+
+
+def typed_key(rng_key: Array) -> Array:
+    """A random key as one of its own type, for one of the old kind, an array of numbers."""
+    is_old = not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(rng_key) if is_old else rng_key
 
 
 def check_key(rng_key: Any, name: str = "rng_key") -> None:

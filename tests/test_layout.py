@@ -24,7 +24,7 @@ ROOMS = (  # from the ground up: a room may use itself and those before it
     ("rows", "bounds", "entropies", "weights", "likelihood", "plotting"),
     ("probability_flow", "flow"),
     ("recipe", "diffusion", "training", "saving"),
-    ("posterior", "smc", "twists"),
+    ("posterior", "smc", "tempered", "twists"),
     ("",),
 )
 

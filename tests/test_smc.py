@@ -151,7 +151,7 @@ def test_pure_functions_give_what_the_facade_gives(eight):
         state.x[:, :, 0], jnp.moveaxis(eight.get_samples(group_by_chain=True)["x"], 0, 1), atol=1e-5
     )
     np.testing.assert_allclose(state.log_evidence, evidence(Y), atol=1e-4)
-    np.testing.assert_allclose(end.ess, eight.ess[-1], rtol=1e-5)
+    np.testing.assert_allclose(end.ess[:, 0], eight.ess[-1], rtol=1e-5)
 
 
 def test_predictive(eight):
@@ -170,13 +170,12 @@ def annealed():
 
 
 def test_error_covers(annealed):
-    """By Student's t of 7 degrees, 2 errors cover in 91 of 100 runs; over 200, a share outside 0.83…0.98 has odds
-    1 in 10 000."""
+    """2 errors cover in 95 of 100 runs; over 200, a share outside 0.88…0.995 has odds of 1 in 3 000."""
     covered = []
     for seed in range(200):
         annealed.run(jax.random.key(seed), Y, SCALE)
         covered.append(abs(annealed.log_evidence - evidence(Y)) < 2 * annealed.log_evidence_error)
-    assert 0.83 < np.mean(covered) < 0.98
+    assert 0.88 < np.mean(covered) < 0.995
 
 
 def misled(prediction, log_r):

@@ -70,6 +70,16 @@ def test_spread_of_the_evidences(sd, expected):
     assert names(found) == [expected, BELIEVABLE, BELIEVABLE]
 
 
+def test_a_spread_counts_more_where_particles_were_few():
+    spread = -5 + 0.4 * np.linspace(-1.43, 1.43, CHAINS)
+    thin = findings(
+        log_evidences=with_system(findings().log_evidences, 0, spread),
+        least_ess=with_system(findings().least_ess, 0, 3.0),
+    )
+    assert names(thin) == [COLLAPSED, BELIEVABLE, BELIEVABLE]
+    assert names(thin._replace(least_ess=findings().least_ess)) == [BELIEVABLE] * SYSTEMS
+
+
 def test_a_dead_chain_is_a_collapse():
     evidences = np.array(findings().log_evidences)
     evidences[3, 1] = -np.inf

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from pp_diffusion.checks import positive_int
+from pp_diffusion.checks import check_key, positive_int, typed_key
 from pp_diffusion.posterior.factors import read_model
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
@@ -85,6 +85,8 @@ class SMC:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
+        if isinstance(model, jax.stages.Wrapped):
+            raise TypeError("model must be a plain function; got one made by jax.jit, which hides its sites")
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold must be in [0, 1]; got {ess_threshold}")
         if isinstance(num_moves, bool) or not isinstance(num_moves, int) or num_moves < 0:
@@ -104,13 +106,15 @@ class SMC:
         :param rng_key: a JAX random key.
         :param args: the model's arguments. Arrays among them are traced: a new y needs no new compilation.
         :param kwargs: its keyword arguments.
-        :raises TypeError: under ``jit`` or ``vmap``: many data sets are many elements of a plate.
+        :raises TypeError: if ``rng_key`` is no key; under ``jit`` or ``vmap``, for which see plates.
         :raises ValueError: if SMC does not serve the model (see :func:`pp_diffusion.posterior.factors.read_model`), or
             its likelihood is zero at every particle.
         :raises FloatingPointError: if the likelihood is NaN or infinite at an :math:`x_0`.
         """
         self._run = None
         _refuse_tracers(rng_key, args, kwargs)
+        check_key(rng_key)
+        rng_key = typed_key(rng_key)
         factors = read_model(self.model, args, kwargs)
         num_plain = num_draws(factors, int(self.plain_share * self.num_particles * self.num_chains))
         surveyed = survey(jax.random.fold_in(rng_key, 1), factors, num_plain)

@@ -239,9 +239,14 @@ class _Fill(Messenger):
     def __init__(self, fn: Callable[..., Any], x: Array | None, latents: Latents) -> None:
         self.x, self.latents = x, latents
         self.log_det: dict[str, Array] = {}
+        self.names: set[str] = set()
         super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            if msg["name"] in self.names:  # NumPyro's own check is an assertion
+                raise ValueError(f"model has two sites of the name {msg['name']!r}: give each its own")
+            self.names.add(msg["name"])
         if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None:
             return
         name, fn, base = msg["name"], msg["fn"], base_of(msg)

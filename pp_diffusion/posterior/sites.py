@@ -193,14 +193,14 @@ class Factor(Kind):
 
 
 class Moments(Kind):
-    """Independent noise that has a mean and a variance: taken for normal."""
+    """Independent noise that has a mean and a variance: taken for normal. Not that of angles, which go round."""
 
     is_normal_form = True
 
     @classmethod
     def matches(cls, message: Message) -> bool:
         base = base_of(message)
-        if base.event_dim:
+        if base.event_dim or base.support is dist.constraints.circular:
             return False
         try:
             mean, variance = np.asarray(base.mean), np.asarray(base.variance)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pp_diffusion.checks import typed_key
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Exact, Factors, Latents
@@ -128,7 +129,7 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
     r"""Particles at :math:`x_T`, and other latents from their prior."""
     factors, twist = sampler.factors, sampler.twist
     kernel = factors.prior.kernel
-    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(rng_key, 5)
+    x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(typed_key(rng_key), 5)
     batch = (num_particles, num_chains, factors.num_systems)
     inner = factors.state_shape[: len(factors.state_shape) - kernel.event_ndim]
     zeros, numbers = jnp.zeros(batch), jnp.arange(num_particles)[:, None, None]
@@ -154,7 +155,7 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
 def step(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo]:
     r"""From :math:`x_t` to :math:`x_{t-1}`, t >= 2: weigh by the twist, resample where needed, move other latents, and
     draw; one network call and, for the moment twist, a vector-Jacobian product per observed number."""
-    return _step(sampler, state, lambda x: sampler.predict(x, state.t))
+    return _step(sampler, state, lambda x: sampler.predict(x, state.t), moves=sampler.moves_latents)
 
 
 def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInfo]:
@@ -163,7 +164,8 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     The info of the last step, and of the weights of :math:`x_0`. The other latents are moved under r.
     """
     factors = sampler.factors
-    state, info = _step(sampler, state, lambda x: predict_last(factors.process, x))
+    # latents are moved below, under r itself
+    state, info = _step(sampler, state, lambda x: predict_last(factors.process, x), moves=False)
     reading = factors.read(state.x, state.latents)
     log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
     log_weights = state.log_weights + log_r - state.exact.log_det
@@ -193,7 +195,9 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     return state, info, end
 
 
-def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction]) -> tuple[SMCState, SMCInfo]:
+def _step(
+    sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction], *, moves: bool
+) -> tuple[SMCState, SMCInfo]:
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
     factors = sampler.factors
     found = sampler.twist_at(state, predict_at(state.x), state.latents)
@@ -210,7 +214,7 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     def resample(parts: Any) -> Any:
         kept = jnp.arange(len(log_weights))[:, None, None]
         x, latents, lineage, found = gather(jnp.where(needed, systematic(resample_key, log_weights), kept), parts)
-        if not sampler.moves_latents:
+        if not moves:
             return x, latents, lineage, found, no_moves
         found_at = partial(_at_latents, sampler, state, predict_at(x), fallback)
         prior = factors.read(x, latents).log_prior
@@ -224,7 +228,7 @@ def _step(sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Predi
     parts = (state.x, state.latents, state.lineage, found)
     _, latents, lineage, found, acceptance = jax.lax.cond(needed.any(), resample, keep, parts)
     x, log_ratio = found.proposal.draw(draw_key, state.x.shape)
-    moved = needed.any() & sampler.moves_latents & jnp.ones_like(needed)
+    moved = needed.any() & moves & jnp.ones_like(needed)
     info = SMCInfo(size, needed, (~is_finite).sum(0), moved, acceptance)
     state = state._replace(
         t=state.t - 1,

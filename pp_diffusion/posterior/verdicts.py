@@ -21,6 +21,8 @@ FEWEST_CHAINS = 8
 FEWEST_TO_COMPARE = 4
 #: A larger standard deviation of log Z between chains, in nats, is a collapse; half of it is doubtful.
 LARGEST_SPREAD = 1.0
+#: The same where less than a twentieth of the particles carried the weight at some step of most chains.
+LARGEST_SPREAD_IF_THIN = 0.3
 #: So few independent draws in a chain, by the spread of the chains' means, are a collapse; thrice as many are doubtful.
 FEWEST_DRAWS = 3.0
 #: So small an effective sample of all chains' draws is a collapse.
@@ -128,8 +130,10 @@ def _complaints(found: Findings, s: int) -> Iterator[tuple[bool, str]]:
         yield False, f"the draws of all chains are worth {total:.0f}"
     if found.num_chains >= FEWEST_TO_COMPARE:
         spread, independent = found.spread[s], found.independent_draws[s]
-        if spread > LARGEST_SPREAD / 2:
-            yield spread > LARGEST_SPREAD, f"log Z differs between chains, with a standard deviation of {spread:.2f}"
+        is_thin = float(np.median(found.least_ess[:, s])) < max(2.0, 0.05 * found.num_particles)
+        most = LARGEST_SPREAD_IF_THIN if is_thin else LARGEST_SPREAD
+        if spread > min(most, LARGEST_SPREAD / 2):
+            yield spread > most, f"log Z differs between chains, with a standard deviation of {spread:.2f}"
         if independent < 3 * FEWEST_DRAWS and independent < draws.mean():
             words = f"the chains' draws differ as if each had {independent:.1f} independent ones"
             yield independent < FEWEST_DRAWS, words

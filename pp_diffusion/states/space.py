@@ -277,7 +277,7 @@ def as_rows(a: Array) -> Array:
 
 def merged(parts: Any) -> Any:
     """Arrays of particles with one axis in place of ``(P, C, S)``."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[BATCH_NDIM:]), parts)
+    return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:BATCH_NDIM]), *a.shape[BATCH_NDIM:]), parts)
 
 
 def parted(parts: Any, batch: tuple[int, ...]) -> Any:
