@@ -278,6 +278,6 @@ def _independent_draws(state: SMCState) -> Array:
     draws = jnp.concatenate([a.reshape(*a.shape[:3], -1) for a in kept], -1)
     between, within = draws.mean(0).var(0, ddof=1), draws.var(0).mean(0)
     total = within + between
-    varies = total > (1e-5 * draws.mean((0, 1))) ** 2 + jnp.finfo(draws.dtype).tiny  # more than by rounding
+    varies = total > (1e-5 * draws.mean((0, 1))) ** 2 + jnp.finfo(total.dtype).tiny  # more than by rounding
     share = jnp.where(varies, between / jnp.where(varies, total, 1.0), 0.0).sum(-1) / jnp.maximum(varies.sum(-1), 1)
     return 1 / jnp.maximum(share, 1e-9)
