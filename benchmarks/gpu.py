@@ -237,7 +237,7 @@ def sampling_images(run: Run) -> list[Row]:
 def precision(run: Run) -> list[Row]:
     """What computing inside the network in bfloat16 costs K: the same weights in float32, the same draws."""
     fit = run.training.fit
-    full = script.diffusion(run.how.network.clone(dtype=jnp.float32, precision="highest"))
+    full = script.diffusion(run.how.network.clone(dtype="float32", precision="highest"))
     levels = run.images.test[: 2 * run.chunk]
     bound = partial(example.bits_per_dim, jax.random.key(9), params=fit.params, levels=levels, num_times=4)
     ours, exact = (bound(diffusion=d, rows=run.chunk // 4)[0] for d in (fit.diffusion, full))
