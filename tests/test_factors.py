@@ -658,7 +658,7 @@ def subsampled():
 
 def latent_context():
     label = numpyro.sample("label", dist.Normal(0.0, 1.0))
-    prior = gaussian(network=lambda x_t, t, context: (0 * x_t + context, 0 * x_t), context=label)
+    prior = gaussian(network=lambda x_t, t, context: (0 * x_t + context, 0 * x_t), context=label[None])
     likelihood(numpyro.sample("x", prior))
 
 

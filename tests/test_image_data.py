@@ -2,7 +2,9 @@
 
 import gzip
 import pickle
+import runpy
 import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -219,3 +221,13 @@ def test_arrays_of_a_partial_are_arguments_of_the_program():
     np.testing.assert_array_equal(first + 1, second)
     assert len(traced) == 1
     np.testing.assert_array_equal(run(DrawFeed(lambda key: draw(key, images)), key), first)
+
+
+@pytest.mark.slow
+def test_the_example_trains_on_a_users_folder(tmp_path, monkeypatch, capfd):
+    write_cifar(tmp_path / "data" / "cifar-10-batches-py", num=40)
+    options = ["--data", str(tmp_path / "data"), "--figures", str(tmp_path), "--no-progress", "--small"]
+    monkeypatch.setattr(sys, "argv", ["cifar10.py", *options])
+    runpy.run_module("examples.cifar10", run_name="__main__")
+    assert "bits/dim" in capfd.readouterr().out
+    assert list(tmp_path.glob("*.png"))

@@ -139,7 +139,7 @@ class Factors(Frozen):
         ndim, shape = systems.layout.batch_ndim, systems.site_shape
 
         def per_system(context: Array) -> Array:
-            rest = jnp.shape(context)[prior.context_batch_ndim :]
+            rest = jnp.shape(context)[prior.process.context_batch_ndim :]
             return systems.layout.split(jnp.broadcast_to(context, shape[:ndim] + rest))
 
         return prior.process.with_context(jax.tree.map(per_system, prior.context), ndim - len(systems.shape) + 1)
