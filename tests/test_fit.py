@@ -98,6 +98,7 @@ def test_constant_parameters_average_to_themselves():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), init, averaged)
 
 
+@pytest.mark.slow
 def test_all_forms_of_data_learn_the_same_density():
     def draw(key):
         return jax.random.normal(key, (32, 2)) @ jnp.array([[1.0, 0.5], [0.0, 0.8]])

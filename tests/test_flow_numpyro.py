@@ -104,6 +104,7 @@ def test_draws_without_their_noise():
 
 @SLOW
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoIAFNormal])
+@pytest.mark.slow
 def test_autoguides(guide):
     guide = guide(model)
     svi = SVI(model, guide, optax.adam(0.03), Trace_ELBO(8))
@@ -130,6 +131,7 @@ def test_several_sites():
 
 
 @SLOW
+@pytest.mark.slow
 def test_nuts_over_several_sites():
     program = handlers.reparam(two_priors, config={"x": ppd.FlowReparam(), "w": ppd.FlowReparam()})
     draws = nuts(program, 2.0, num_samples=150).get_samples()
@@ -167,6 +169,7 @@ def test_enumeration_of_a_label():
 
 
 @SLOW
+@pytest.mark.slow
 def test_enumeration_of_a_label_over_noise():
     """The noise is one for all labels, and x has one value for each."""
     pytest.importorskip("funsor")

@@ -122,6 +122,7 @@ def test_sines_are_the_expected_ones_of_the_data():
     np.testing.assert_allclose(seen, expected, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_inside():
     exact = ppd.networks.UNet(channels=(16, 16), num_blocks=1, frequencies=())
     half = exact.clone(dtype="bfloat16", precision=None)
@@ -144,6 +145,7 @@ def test_bfloat16_inside():
     assert 0 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.05
 
 
+@pytest.mark.slow
 def test_a_unet_learns():
     """Stripes that all of an image's pixels agree on."""
     key = jax.random.key(0)

@@ -97,6 +97,7 @@ def test_the_program_has_probabilities_at_its_site():
     assert handlers.trace(model).get_trace()["x"]["value"].dtype.kind == "i"
 
 
+@pytest.mark.slow
 def test_training_with_an_entry_that_never_changes():
     data = np.concatenate([X, X])
     data[:, 0] = 1  # no bound on a density, and none on a probability

@@ -23,7 +23,7 @@ def counts_of(index, count):
     return np.stack([np.bincount(column, minlength=count) for column in flat.T], -1)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 1000, 20_001, 1_000_003])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 20_001, pytest.param(1_000_003, marks=pytest.mark.slow)])
 def test_systematic_resampling_keeps_its_counts(count):
     """Each particle is drawn as often as its share says, rounded down or up; never one of weight zero."""
     log_weights = draw_log_weights(count)

@@ -299,6 +299,7 @@ def test_nuts_with_other_latents_and_data_units():
     np.testing.assert_allclose(likelihood, dist.Normal(both.reshape(-1, 2).sum(-1)[:, None]).log_prob(y), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_svi():
     """The posterior of the noise is Gaussian, so that a full Gaussian guide reaches the evidence N(2; 0, 2)."""
     import optax

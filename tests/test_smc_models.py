@@ -184,6 +184,7 @@ def test_rows_masked_of_exact_observations(kind, num_known):
 
 
 @pytest.mark.parametrize("twist", ["moment", pytest.param("lookahead", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_moves_where_r_is_zero_at_predictions(twist):
     """x + b > 1.5, or r is zero; what stands in for it must not depend on where a latent was before. With
     ``exp(x + b)`` beyond, log Z and the mean of x + b are a truncated normal's."""
@@ -419,7 +420,9 @@ def test_many_observations_of_all_coordinates():
         Moment(-1)
 
 
-@pytest.mark.parametrize("kind", ["collinear", "repeated", "correlated noise"])
+@pytest.mark.parametrize(
+    "kind", ["collinear", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("repeated", "correlated noise"))]
+)
 def test_many_observations_of_few_coordinates(kind):
     """A regression of 100 numbers, whose x has two: told by two numbers, which is exact for it."""
     rng = np.random.default_rng(0)

@@ -176,6 +176,7 @@ def test_every_term_of_the_bound(name, estimator):
 
 
 @pytest.mark.parametrize("num_times", [1, 3])
+@pytest.mark.slow
 def test_the_program_in_factors_averages_to_k(num_times):
     diffusion, _ = prior_of("up")
     x = jnp.arange(LEVELS, dtype=float)[:, None]
@@ -187,6 +188,7 @@ def test_the_program_in_factors_averages_to_k(num_times):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.slow
 def test_draws_have_these_probabilities(name):
     _, prior = prior_of(name)
     x = np.asarray(prior.sample(jax.random.key(3), (40_000,)))

@@ -127,6 +127,7 @@ def test_where_sampling_the_prior_collapses():
     check_moments(samples["x"], posterior[0], posterior[1])
 
 
+@pytest.mark.slow
 def test_a_perturbed_f_mu_only_costs_variance():
     """Gains that are the Jacobian of nothing, asymmetric data, two measurements of different noise."""
     matrix, noise, y = np.array([[1.0, 0.4], [-0.3, 0.9]]), np.array([0.5, 0.8]), np.array([1.5, -0.4])
@@ -183,6 +184,7 @@ def test_exact_and_noisy_observations_in_data_units():
 # --- other latents, plates -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_unknown_noise_scale():
     """x ~ N(0, 1), s ~ HalfNormal, y = 2 ~ N(x, s), against quadrature; log Z within .01."""
     prior, _, _ = linear_prior(STANDARD, 100)
@@ -209,6 +211,7 @@ def test_an_unknown_noise_scale():
     check_moments(np.asarray(samples["scale"])[..., None], np.array([mean_s]), np.array([[var_s]]))
 
 
+@pytest.mark.slow
 def test_a_plate_is_as_many_systems():
     """Three x with measurements and intercepts of their own: each one's posterior and evidence, in one run."""
     prior, mean, covariance = linear_prior(ASYMMETRIC, 50)
