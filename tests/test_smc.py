@@ -192,6 +192,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("twist", [misled, "constant", *(pytest.param(t, marks=SLOW) for t in (anything, "lookahead"))])
+@pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")
 def test_twists_are_unbiased(twist):
     """Z and the moments under it, times Z, whatever the twist: z-scores of 4.5 over independent runs of 8 particles."""
     smc = run(conjugate, Y, SCALE, num_particles=8, num_chains=1500, twist=twist)
