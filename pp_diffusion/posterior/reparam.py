@@ -71,7 +71,7 @@ class TrajectoryReparam(Reparam):
                 "the density of data, use pp_diffusion.estimate_log_prob"
             )
         prior, batch_shape, event_dim = self._unwrap(fn)
-        if isinstance(prior, dist.MaskedDistribution) or not (numpyro.get_mask() is None or _is_constant_mask()):
+        if isinstance(prior, dist.MaskedDistribution) or not isinstance(numpyro.get_mask(), bool | None):
             raise ValueError(f"site {name!r} is masked, which TrajectoryReparam does not support: mask its likelihood")
         if not isinstance(prior, DiffusionPrior):
             raise TypeError(
@@ -101,10 +101,6 @@ class TrajectoryReparam(Reparam):
                 "support: a power of the noise's density is not that power of x's"
             )
         return None, _from_noise(prior, noise)
-
-
-def _is_constant_mask() -> bool:
-    return isinstance(numpyro.get_mask(), bool)  # False where densities are not needed, as under Predictive
 
 
 @jax.jit

@@ -82,7 +82,8 @@ class TemperedSMC:
         self.model = model
         self.num_particles, self.num_chains = positive_int("num_particles", num_particles), num_chains
         self.ess_threshold = float(ess_threshold)
-        self.num_moves, self.num_leapfrog = positive_int("num_moves", num_moves), positive_int("leapfrog", num_leapfrog)
+        self.num_moves = positive_int("num_moves", num_moves)
+        self.num_leapfrog = positive_int("num_leapfrog", num_leapfrog)
         self._state: _State | None = None
         self._samples: dict[str, Array] = {}
 
@@ -147,7 +148,7 @@ class _Target:
             if site["type"] == "sample" and not site["is_observed"]:
                 if site["fn"].support.is_discrete:
                     raise ValueError(f"site {name!r} is discrete: TemperedSMC is for continuous latents")
-                latents[name] = biject_to(site["fn"].support)._inverse(site["value"])
+                latents[name] = biject_to(site["fn"].support).inv(site["value"])
         if not latents:
             raise ValueError("the model has no latent site")
         return latents

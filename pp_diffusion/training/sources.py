@@ -78,8 +78,8 @@ class Rows(Source):
         return self.feed, most
 
 
-class RowFeed(Feed):
-    """All rows, at every update."""
+class ArrayFeed(Feed):
+    """Of arrays that a program is given."""
 
     data_fields = ("x", "context")
 
@@ -88,6 +88,10 @@ class RowFeed(Feed):
 
     def __init__(self, x: Array, context: Any) -> None:
         self._set(x=x, context=context)
+
+
+class RowFeed(ArrayFeed):
+    """All rows, at every update."""
 
     def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
         return self.x, self.context, rng_key
@@ -126,16 +130,8 @@ class Batches(Source):
         return StackFeed(*jax.tree.map(lambda *a: jnp.stack(a), *padded)), len(stack)
 
 
-class StackFeed(Feed):
+class StackFeed(ArrayFeed):
     """A batch for each update, over a first axis."""
-
-    data_fields = ("x", "context")
-
-    x: Array
-    context: Any
-
-    def __init__(self, x: Array, context: Any) -> None:
-        self._set(x=x, context=context)
 
     def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
         x, context = jax.tree.map(lambda a: a[i], (self.x, self.context))
