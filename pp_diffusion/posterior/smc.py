@@ -131,11 +131,11 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
     kernel = factors.prior.kernel
     x_key, draw_key, latent_key, twist_key, rng_key = jax.random.split(typed_key(rng_key), 5)
     batch = (num_particles, num_chains, factors.num_systems)
-    inner = factors.state_shape[: len(factors.state_shape) - kernel.event_ndim]
+    events = (num_particles, num_chains, *factors.reader.systems.batch_shape)
     zeros, numbers = jnp.zeros(batch), jnp.arange(num_particles)[:, None, None]
     state = SMCState(
         t=jnp.asarray(sampler.num_timesteps),
-        x=kernel.as_state(kernel.stationary().sample(x_key, (*batch, *inner))),
+        x=kernel.as_state(kernel.stationary().sample(x_key, events)),
         latents=other_latents.draw(factors, latent_key, (num_particles, num_chains)),
         log_weights=zeros,
         log_twist=zeros,
@@ -147,7 +147,7 @@ def init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int =
     )
     if not twist.starts:
         return state
-    start = predict_start(factors.process, (*batch, *inner))
+    start = predict_start(factors.process, events)
     x, log_weights = sampler.twist_at(state, start, state.latents).proposal.draw(draw_key, state.x.shape)
     return state._replace(x=kernel.as_state(x), log_weights=log_weights)
 

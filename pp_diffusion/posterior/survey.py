@@ -53,8 +53,7 @@ def num_draws(factors: Factors, num_wanted: int) -> int:
 def survey(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
     """By so many draws for each system."""
     x_key, latent_key, error_key = jax.random.split(rng_key, 3)
-    inner = factors.state_shape[: len(factors.state_shape) - factors.prior.kernel.event_ndim]
-    x_0 = sample_chain(x_key, factors.process, (num_draws, 1, factors.num_systems, *inner))
+    x_0 = sample_chain(x_key, factors.process, (num_draws, 1, *factors.reader.systems.batch_shape))
     log_r = factors.read(x_0, other_latents.draw(factors, latent_key, (num_draws, 1))).log_r
     judged = x_0[: math.ceil(NUM_JUDGED / factors.num_systems)]
     return Survey(log_mean(log_r)[0], ess(log_r)[0], _calibration(error_key, factors, judged))
