@@ -14,6 +14,7 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int, typed_key
+from pp_diffusion.compiling import jit_once
 from pp_diffusion.posterior.factors import read_model
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
@@ -249,7 +250,7 @@ class SMC:
         return self._done.to_arviz(dims or {}, coords or {})
 
 
-@partial(jax.jit, static_argnames=("num_particles", "num_chains"))
+@partial(jit_once, static_argnames=("num_particles", "num_chains"))
 def _init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int) -> tuple[SMCState, SMCInfo]:
     """The start, and room for what happens at t = 0…T."""
     state = init(rng_key, sampler, num_particles, num_chains)
@@ -268,7 +269,7 @@ def _advance(sampler: Sampler, state: SMCState, infos: SMCInfo, num_steps: Array
     return jax.lax.fori_loop(0, num_steps, one, (state, infos))
 
 
-@jax.jit
+@jit_once
 def _finish(sampler: Sampler, state: SMCState, infos: SMCInfo) -> tuple[SMCState, SMCInfo]:
     state, last, end = finish(sampler, state)
     for t, info in ((1, last), (0, end)):

@@ -58,20 +58,23 @@ class Position(NamedTuple):
 
 
 def move(
-    rng_key: Array, factors: Factors, start: Position, target: Callable[[Latents], Position], num_moves: int
+    rng_key: Array, factors: Factors, latents: Latents, target: Callable[[Latents], Position], num_moves: Array | int
 ) -> tuple[Position, Array]:
-    """So many Metropolis moves of the latents, and the share that was accepted, shape ``(C, S)``.
+    """The position at these latents after so many Metropolis moves, and the share that was accepted, shape ``(C, S)``.
 
     Continuous latents move by a random walk, discrete ones by new draws of their prior; where there are both, in turn,
-    so many times each.
+    so many times each. The first pass of the loop finds the position at the latents themselves: the target is compiled
+    once.
 
-    :param target: the position at other latents; the moves leave its density invariant.
+    :param target: the position at latents; the moves leave its density invariant.
     """
-    latents = start.latents
     continuous = {name: u for name, u in latents.items() if jnp.issubdtype(u.dtype, jnp.floating)}
     has_discrete = len(continuous) < len(latents)
     walk = RandomWalk.over(continuous) if continuous else None
-    num_moves *= 2 if walk and has_discrete else 1
+    num_moves = num_moves * (2 if walk and has_discrete else 1)
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(target, latents))._replace(
+        latents=latents
+    )
     batch = start.log_density.shape
 
     def by_walk(key: Array, latents: Latents) -> tuple[Latents, Array]:
@@ -93,14 +96,15 @@ def move(
         now, accepted = carry
         draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
         proposed, log_ratio = propose(i, draw_key, now.latents)
-        new = target(proposed)
+        is_start = i == 0
+        new = target(jax.tree.map(lambda new, old: jnp.where(is_start, old, new), proposed, now.latents))
         log_new = jnp.where(jnp.isnan(new.log_density), -jnp.inf, new.log_density)
         accept = jnp.log(jax.random.uniform(accept_key, batch)) < log_new - now.log_density + log_ratio
-        now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), new, now)
-        return now, accepted + accept.mean(0)
+        now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept | is_start, new), new, old), new, now)
+        return now, accepted + jnp.where(is_start, 0.0, accept.mean(0))
 
-    end, accepted = jax.lax.fori_loop(0, num_moves, one, (start, jnp.zeros(batch[1:])))
-    return end, accepted / num_moves
+    end, accepted = jax.lax.fori_loop(0, num_moves + 1, one, (start, jnp.zeros(batch[1:])))
+    return end, accepted / jnp.maximum(num_moves, 1)
 
 
 def _flatten(latents: Latents) -> Array:

@@ -167,12 +167,12 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
     # latents are moved below, under r itself
     state, info = _step(sampler, state, lambda x: predict_last(factors.process, x), moves=False)
     reading = factors.read(state.x, state.latents)
-    log_r, log_joint = reading.log_r, reading.log_r + reading.log_prior
+    log_r = reading.log_r
     log_weights = state.log_weights + log_r - state.exact.log_det
     num_bad = (jnp.isnan(log_r) | jnp.isposinf(log_r)).sum(0)  # zero is a likelihood
     key, move_key, rng_key = jax.random.split(state.rng_key, 3)
     index = systematic(key, log_weights)
-    x, latents, lineage, log_joint = gather(index, (state.x, state.latents, state.lineage, log_joint))
+    x, latents, lineage = gather(index, (state.x, state.latents, state.lineage))
     nothing = jnp.zeros(log_weights.shape[1:])
     end = SMCInfo(ess(log_weights), jnp.ones_like(nothing, bool), num_bad, jnp.zeros_like(nothing, bool), nothing)
     if sampler.moves_latents:
@@ -181,8 +181,7 @@ def finish(sampler: Sampler, state: SMCState) -> tuple[SMCState, SMCInfo, SMCInf
             reading = factors.read(x, u)
             return Position(u, reading.log_prior + reading.log_r, ())
 
-        start = Position(latents, log_joint, ())
-        (latents, _, _), acceptance = move(move_key, factors, start, target, 4 * sampler.num_moves)
+        (latents, _, _), acceptance = move(move_key, factors, latents, target, 4 * sampler.num_moves)
         end = end._replace(moved=jnp.ones_like(nothing, bool), acceptance=acceptance)
     state = state._replace(
         x=x,
@@ -199,58 +198,130 @@ def _step(
     sampler: Sampler, state: SMCState, predict_at: Callable[[Array], Prediction], *, moves: bool
 ) -> tuple[SMCState, SMCInfo]:
     resample_key, move_key, draw_key, rng_key = jax.random.split(state.rng_key, 4)
-    factors = sampler.factors
-    found = sampler.twist_at(state, predict_at(state.x), state.latents)
-    is_finite = jnp.isfinite(found.log_twist)
-    # what is not finite counts as the least of what is: one number for all, which no move of a latent can change
-    least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
-    fallback = jnp.where(jnp.isfinite(least), least, 0.0)
-    found = _with_fallback(found, fallback)
-    log_weights = state.log_weights + found.log_twist
-    size = ess(log_weights)
-    needed = size < sampler.ess_threshold * len(log_weights)
-    no_moves = jnp.zeros(needed.shape)
+    found_at = partial(_found_at, sampler, state, predict_at)
 
-    def resample(parts: Any) -> Any:
-        kept = jnp.arange(len(log_weights))[:, None, None]
-        x, latents, lineage, found = gather(jnp.where(needed, systematic(resample_key, log_weights), kept), parts)
-        if not moves:
-            return x, latents, lineage, found, no_moves
-        found_at = partial(_at_latents, sampler, state, predict_at(x), fallback)
-        prior = factors.read(x, latents).log_prior
-        start = Position(latents, found.log_twist + prior, found)
-        (latents, _, found), acceptance = move(move_key, factors, start, found_at, sampler.num_moves)
-        return x, latents, lineage, found, acceptance
+    def resampled(weighed: Weighed, parts: Any) -> Any:
+        """In the systems that need it."""
 
-    def keep(parts: Any) -> Any:
-        return *parts, no_moves
+        def gathered(parts: Any) -> Any:
+            kept = jnp.arange(len(state.x))[:, None, None]
+            return gather(jnp.where(weighed.needed, systematic(resample_key, weighed.log_weights), kept), parts)
 
-    parts = (state.x, state.latents, state.lineage, found)
-    _, latents, lineage, found, acceptance = jax.lax.cond(needed.any(), resample, keep, parts)
+        return jax.lax.cond(weighed.needed.any(), gathered, lambda parts: parts, parts)
+
+    if moves:
+        _, _, latents, lineage, found, weighed, acceptance = _moved(sampler, state, move_key, found_at, resampled)
+    else:
+        found = found_at(state.x)(state.latents).carried
+        weighed, acceptance = _weigh(sampler, state, found), jnp.zeros(found.log_twist.shape[1:])
+        latents, lineage, found = resampled(weighed, (state.latents, state.lineage, found))
+    found = _with_fallback(found, weighed.least)
     x, log_ratio = found.proposal.draw(draw_key, state.x.shape)
-    moved = needed.any() & moves & jnp.ones_like(needed)
-    info = SMCInfo(size, needed, (~is_finite).sum(0), moved, acceptance)
+    moved = weighed.needed.any() & moves & jnp.ones_like(weighed.needed)
+    info = SMCInfo(weighed.ess, weighed.needed, weighed.num_unguided, moved, acceptance)
     state = state._replace(
         t=state.t - 1,
         x=x,
         latents=latents,
         lineage=lineage,
-        log_weights=jnp.where(needed, 0.0, log_weights) + log_ratio - found.log_twist,
+        log_weights=jnp.where(weighed.needed, 0.0, weighed.log_weights) + log_ratio - found.log_twist,
         log_twist=found.log_twist,
-        log_evidence=state.log_evidence + jnp.where(needed, log_mean(log_weights), 0.0),
+        log_evidence=state.log_evidence + jnp.where(weighed.needed, log_mean(weighed.log_weights), 0.0),
         rng_key=rng_key,
     )
     return state, info
 
 
-def _at_latents(
-    sampler: Sampler, state: SMCState, prediction: Prediction, fallback: Array, latents: Latents
-) -> Position:
-    """Twist times prior at other latents, at the particles of ``prediction``."""
-    found = _with_fallback(sampler.twist_at(state, prediction, latents), fallback)
-    log_prior = sampler.factors.read(prediction.x_t, latents).log_prior
-    return Position(latents, found.log_twist + log_prior, found)
+class Weighed(NamedTuple):
+    """Particles under the twist at their :math:`x_t`.
+
+    :ivar log_weights: shape ``(P, C, S)``.
+    :ivar least: what a twist that is not finite counts as, shape ``(C, S)``: the least of those that are. One number
+        for all, which no move of a latent can change.
+    :ivar ess: effective sample size.
+    :ivar needed: whether it is so small that particles are resampled.
+    :ivar num_unguided: how many twists are not finite.
+    """
+
+    log_weights: Array
+    least: Array
+    ess: Array
+    needed: Array
+    num_unguided: Array
 
 
-def _with_fallback(found: Guided, fallback: Array) -> Guided:
+def _weigh(sampler: Sampler, state: SMCState, found: Guided) -> Weighed:
+    is_finite = jnp.isfinite(found.log_twist)
+    least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
+    least = jnp.where(jnp.isfinite(least), least, 0.0)
+    log_weights = state.log_weights + _with_fallback(found, least).log_twist
+    size = ess(log_weights)
+    needed = size < sampler.ess_threshold * len(log_weights)
+    return Weighed(log_weights, least, size, needed, (~is_finite).sum(0))
+
+
+class Round(NamedTuple):
+    """Where the loop of :func:`_moved` is."""
+
+    number: Array
+    x: Array
+    latents: Latents
+    lineage: Array
+    found: Guided
+    weighed: Weighed
+    acceptance: Array
+
+
+def _moved(
+    sampler: Sampler,
+    state: SMCState,
+    rng_key: Array,
+    found_at: Callable[..., Callable[[Latents], Position]],
+    resampled: Callable[[Weighed, Any], Any],
+) -> Round:
+    """Resampled where needed, and then the other latents moved: two rounds of one loop, so that network and twist are
+    compiled once. The first finds the twist where the particles are, the second moves latents under it."""
+
+    def one(now: Round) -> Round:
+        is_first = now.number == 0
+        target, num_moves = found_at(now.x, now.weighed.least), jnp.where(is_first, 0, sampler.num_moves)
+        (latents, _, found), acceptance = move(rng_key, sampler.factors, now.latents, target, num_moves)
+        weighed = jax.tree.map(partial(jnp.where, is_first), _weigh(sampler, state, found), now.weighed)
+        once = weighed._replace(needed=weighed.needed & is_first)
+        x, latents, lineage = resampled(once, (now.x, latents, now.lineage))
+        return Round(now.number + 1, x, latents, lineage, found, weighed, acceptance)
+
+    def is_left(now: Round) -> Array:
+        return (now.number == 0) | ((now.number == 1) & now.weighed.needed.any())
+
+    found = _nothing_like(lambda: found_at(state.x)(state.latents).carried)
+    weighed = _nothing_like(lambda: _weigh(sampler, state, found))
+    weighed = weighed._replace(least=jnp.full_like(weighed.least, jnp.nan))  # not known in the first round
+    start = jnp.zeros((), int), state.x, state.latents, state.lineage, found, weighed, jnp.zeros_like(weighed.ess)
+    return jax.lax.while_loop(is_left, one, Round(*start))
+
+
+def _nothing_like(function: Callable[[], Any]) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function))
+
+
+def _found_at(
+    sampler: Sampler,
+    state: SMCState,
+    predict_at: Callable[[Array], Prediction],
+    x: Array,
+    fallback: Array | float = jnp.nan,
+) -> Callable[[Latents], Position]:
+    """Of latents, the twist times their prior, at the particles x."""
+    prediction = predict_at(x)
+
+    def at(latents: Latents) -> Position:
+        found = _with_fallback(sampler.twist_at(state, prediction, latents), fallback)
+        log_prior = sampler.factors.read(x, latents).log_prior
+        return Position(latents, found.log_twist + log_prior, found)
+
+    return at
+
+
+def _with_fallback(found: Guided, fallback: Array | float) -> Guided:
     return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, fallback))

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from pp_diffusion.chain import sample_chain
+from pp_diffusion.compiling import jit_once
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Factors
 from pp_diffusion.posterior.particles import ess, log_mean
@@ -49,7 +50,7 @@ def num_draws(factors: Factors, num_wanted: int) -> int:
     return max(num_wanted, math.ceil(NUM_JUDGED / factors.num_systems))
 
 
-@partial(jax.jit, static_argnames="num_draws")
+@partial(jit_once, static_argnames=("num_draws",))
 def survey(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
     """By so many draws for each system."""
     x_key, latent_key, error_key = jax.random.split(rng_key, 3)
