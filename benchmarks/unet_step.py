@@ -24,7 +24,8 @@ def rows(small: bool) -> list[Row]:
         return [not_run("training update of CIFAR-10's U-Net", "the reference's convolutions are made for a CPU")]
     updates, num_pairs, size = (2, 1, 2) if small else (12, 7, SIZE)
     levels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (256, *script.SHAPE), dtype=np.uint8))
-    diffusion, optimizer = script.diffusion(script.for_cpu), by_hand.optimizer(updates)
+    network = script.sizes(channels=(2, 2), num_blocks=1) if small else script.for_cpu
+    diffusion, optimizer = script.diffusion(network), by_hand.optimizer(updates)
     batches = Partial(jax.jit(partial(_batch, size)), levels)
     chain = by_hand.steps(script.T, 2e-5, -8.0)
     (weights,) = diffusion.init_params(jax.random.key(1)).values()

@@ -251,7 +251,7 @@ def test_the_handwritten_unets_loss_is_ours():
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((8, 8, 3)),
         ppd.FixedSchedule.log_linear(6, 2e-2, -8.0),
-        unet_step.script.for_cpu.clone(num_timesteps=None),
+        unet_step.script.for_cpu.clone(channels=(4, 6, 6), num_timesteps=None),
         last_step="network",
         transform=unet_step.script.transform,
     )

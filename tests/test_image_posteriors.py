@@ -12,7 +12,7 @@ from examples import image_posteriors
 RNG = np.random.default_rng(0)
 
 
-def exact_prior(shape, num_timesteps=20):
+def exact_prior(shape, num_timesteps=10):
     """The exact reverse process of independent standard normal pixels, in levels of mean 128 and sd 64."""
 
     def network(x_t, t):
@@ -63,9 +63,9 @@ def test_a_prior_of_patches_serves_larger_images():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", image_posteriors.TASKS)
+@pytest.mark.parametrize("task", ["denoise", "hole"])  # that of digits differs in what is seen
 def test_tasks_run(task):
-    shape = {"denoise": (8, 8, 3), "digits": (28, 28), "hole": (8, 8)}[task]
+    shape = {"denoise": (8, 8, 3), "hole": (8, 8)}[task]
     data = RNG.integers(0, 256, (2, *((40, 50) if task == "hole" else shape)), dtype=np.uint8)
     found = image_posteriors.TASKS[task].run(
         jax.random.key(0), untrained(shape), data, **image_posteriors.SMALL[task], progress=False

@@ -18,7 +18,6 @@ from jax import Array
 
 from benchmarks.reference.handwritten import Chain, waves
 
-CHANNELS = (24, 48, 72, 72)
 FREQUENCIES = (3, 4, 5, 6, 7)
 GROUPS = 8
 LOC, SCALE = 128.0, 64.0
@@ -108,8 +107,9 @@ def network(weights: Any, x: Array, log_snr: Array) -> tuple[Array, Array]:
     convs, blocks, attentions = (
         (weights[f"{kind}_{i}"] for i in range(100)) for kind in ("Convolution", "Block", "Attention")
     )
-    h, skips, lowest = conv(next(convs), jnp.concatenate(parts, -1)), [], len(CHANNELS) - 1
-    for depth in range(len(CHANNELS)):
+    levels = sum(name.startswith("Block") for name in weights) // 2  # each has a block down and one up
+    h, skips, lowest = conv(next(convs), jnp.concatenate(parts, -1)), [], levels - 1
+    for depth in range(levels):
         if depth:
             rows, height, width, channels = h.shape
             h = h.reshape(rows, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -118,7 +118,7 @@ def network(weights: Any, x: Array, log_snr: Array) -> tuple[Array, Array]:
         h = attend(next(attentions), h) if depth == lowest else h
         skips.append(h)
     skips.pop()
-    for depth in reversed(range(len(CHANNELS))):
+    for depth in reversed(range(levels)):
         if depth < lowest:
             h = jnp.repeat(jnp.repeat(conv(next(convs), h), 2, 1), 2, 2)
             h = conv(next(convs), jnp.concatenate([h, skips[depth]], -1))
