@@ -98,6 +98,7 @@ ROWS: dict[str, Callable[[Run], list[Row]]] = {
     "ceilings": ceilings,
     "cifar10": partial(gpu_images.training, "cifar10"),
     "binarized_mnist": partial(gpu_images.training, "binarized_mnist"),
+    "log_prob": gpu_images.log_prob,
     "multi_scale": partial(gpu_images.training, "multi_scale"),
     "mnist": partial(gpu_images.training, "mnist"),
     "parzen": gpu_images.parzen_window,
