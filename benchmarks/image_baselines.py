@@ -163,9 +163,10 @@ def conditional(
     rank: int = 6,
     radius: int = 4,
     updates: int = 3_000,
-    batch: int = 8,
+    pixels: int = 8_192,
 ) -> LogDensity:
-    """Fitted by Adam to the log density of whole images."""
+    """Fitted by Adam to the log density of whole images, so many that an update has about as many pixels."""
+    batch = max(pixels // math.prod(train.shape[1:]), 1)
     loc, scale = float(train.mean()), float(train.std())
     data = jnp.asarray((train - loc) / scale, dtype=float)
     size = neighbours(data[:1], radius).shape[-1]
