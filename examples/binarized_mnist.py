@@ -34,7 +34,12 @@ ON_CPU = images.Experiment(
     weight_decay=0.1,
 )
 ON_GPU = replace(ON_CPU, diffusion=script.diffusion(script.for_gpu), batch_size=256, rate=1.5e-3, warm_up=300)
-SMALL = replace(ON_CPU, diffusion=script.diffusion(script.sizes(channels=(8,), num_blocks=1)), batch_size=8, warm_up=10)
+SMALL = replace(
+    ON_CPU,
+    diffusion=script.diffusion(script.sizes(channels=(8,), num_blocks=1, attention_levels=0)),
+    batch_size=8,
+    warm_up=10,
+)
 
 
 def experiment() -> images.Experiment:

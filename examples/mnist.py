@@ -32,7 +32,12 @@ ON_CPU = images.Experiment(
     rate=1e-3,
 )
 ON_GPU = replace(ON_CPU, diffusion=script.diffusion(script.for_gpu), batch_size=128, rate=1e-3, warm_up=200)
-SMALL = replace(ON_CPU, diffusion=script.diffusion(script.sizes(channels=(8,), num_blocks=1)), batch_size=8, warm_up=10)
+SMALL = replace(
+    ON_CPU,
+    diffusion=script.diffusion(script.sizes(channels=(8,), num_blocks=1, attention_levels=0)),
+    batch_size=8,
+    warm_up=10,
+)
 
 
 def experiment() -> images.Experiment:

@@ -7,6 +7,7 @@ import runpy
 import struct
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -376,7 +377,7 @@ def test_the_example_trains_on_a_users_folder(name, tmp_path, monkeypatch, capfd
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
     updates = []
     for _ in range(2 if name == "dead_leaves" else 1):
-        runpy.run_module(f"examples.{name}", run_name="__main__")
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / f"{name}.py"), run_name="__main__")
         out = capfd.readouterr().out
         assert re.search(r"^K( - L_null)?: at (most|least) \S+ ± \S+ (bits/dim|nats|bits/pixel)$", out, re.MULTILINE)
         updates.append(int(re.search(r"(\d+) updates", out)[1]))
