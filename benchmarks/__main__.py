@@ -18,6 +18,7 @@ from benchmarks import (
     precision,
     sampling,
     training_step,
+    unet_step,
 )
 from benchmarks.timing import CAPTION, Row, as_markdown, as_text
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, "
-        "flow_density, digits, posterior",
+        "flow_density, digits, posterior, unet_step",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -46,6 +47,7 @@ def main() -> None:
         "flow_density": flow_density.rows,
         "digits": digits.rows,
         "posterior": posterior.rows,
+        "unet_step": unet_step.rows,
     }
     names = args.only.split(",") if args.only else list(comparisons)
     if unknown := set(names) - set(comparisons):

@@ -1,6 +1,6 @@
-"""All that is measured on a GPU, in one call of eight minutes.
+"""All that is measured on a GPU, in calls of eight minutes.
 
-    python -m benchmarks.gpu [--data DIR] [--out DIR] [--minutes M] [--deadline M] [--only NAME,...] [--small]
+    python -m benchmarks.gpu [--data DIR] [--out DIR] [--minutes NAME=M,...] [--deadline M] [--only NAME,...] [--small]
 
 Rows are written to ``DIR/gpu.json`` and, as a table, ``DIR/gpu.md`` as they are measured; those that are there are not
 measured again. What fails, lacks its data or comes after the deadline is a row that says so, and is tried anew by the
@@ -13,99 +13,19 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import pp_diffusion as ppd
-from benchmarks import flops, mixture, posterior, sampling, training_step
+from benchmarks import gpu_images, mixture, posterior, sampling, training_step
+from benchmarks.gpu_images import MINUTES, NotRun, Row, Run
 from benchmarks.setting import swiss_roll
 from benchmarks.timing import Row as Comparison
 from benchmarks.timing import device, seconds
-from examples import cifar10 as example
-from models import cifar10 as script
-
-
-class Row(NamedTuple):
-    """A line of the table.
-
-    :ivar what: what was measured.
-    :ivar result: in words; ``None`` if it was not.
-    :ivar note: how, or why not.
-    """
-
-    what: str
-    result: str | None
-    note: str = ""
-
-
-class NotRun(Exception):
-    """Something that a row needs is missing."""
-
-
-@dataclass
-class Run:
-    """One call.
-
-    :ivar data: folder of CIFAR-10's python version.
-    :ivar out: folder of the results.
-    :ivar state: file of the training's state.
-    :ivar minutes: of training.
-    :ivar small: whether sizes are tiny, to see that it runs.
-    :ivar peak: matrix products per second by precision, in FLOP, as measured.
-    """
-
-    data: Path | None
-    out: Path
-    state: Path
-    minutes: float
-    small: bool
-    started: float = field(default_factory=time.perf_counter)
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def how(self) -> example.Settings:
-        return example.SMALL["how"] if self.small else example.settings()
-
-    @cached_property
-    def images(self) -> ppd.datasets.Dataset:
-        if self.data is None:
-            raise NotRun("CIFAR-10 is not at hand (--data)")
-        num_batches = len(list(self.data.glob("**/data_batch_[1-5]")))
-        return ppd.datasets.cifar10(self.data, num_batches=max(num_batches, 1))
-
-    @cached_property
-    def training(self) -> example.Training:
-        """The trained network; from the file, where the row has been measured by an earlier call."""
-        done = "cifar10" in self.numbers
-        if done and not self.state.exists():
-            raise NotRun("the trained network of an earlier call is not at hand (--state)")
-        minutes = 0.0 if done else self.minutes
-        return example.train(self.images.train, self.how, minutes, resume=self.state, progress=False, after=_say)
-
-    @property
-    def chunk(self) -> int:
-        """States per call of the network, everywhere: few shapes are compiled."""
-        return self.how.batch_size
-
-    @property
-    def num_few(self) -> int:
-        """Images whose whole trajectories are followed."""
-        return self.chunk
-
-    def few(self) -> Any:
-        """Those images, with noise on their levels."""
-        return ppd.datasets.dequantize(jax.random.key(1), self.images.test[: self.num_few])
-
-
-def _say(training: example.Training) -> None:
-    print(f"  {training.stages[-1]}, {training.per_update * 1e3:.1f} ms per update", flush=True)
-
 
 # --- rows: each returns its lines, and may leave numbers for others ------------------------------------------------
 
@@ -135,119 +55,6 @@ def _repeated(repeats: int, precision: str) -> Callable[[Any, Any], Any]:
         return jax.lax.fori_loop(0, repeats, lambda _, x: jnp.matmul(x, b, precision=precision), a)
 
     return jax.jit(multiply)
-
-
-def cifar10(run: Run) -> list[Row]:
-    """Training by the clock, and K of the test images."""
-    images, training = run.images, run.training
-    fit = training.fit
-    num_test = 16 if run.small else len(images.test)
-    num_times = 4 if run.small else 16
-    timed = time.perf_counter()
-    bound = partial(example.bits_per_dim, num_times=num_times, rows=max(run.chunk // num_times, 1))
-    value, error = bound(jax.random.key(4), fit.diffusion, fit.params, images.test[:num_test])
-    took = time.perf_counter() - timed
-    updates = int(fit.state.step)
-    rate = training_flops(run.how) * run.how.batch_size / training.per_update
-    ceiling = run.numbers.get("ceilings", {}).get("bfloat16" if run.how.network.dtype else "float32")
-    share = f", {rate / ceiling:.0%} of the matrix product's" if ceiling else ""
-    weights = sum(a.size for a in jax.tree.leaves(fit.params))
-    run.numbers["cifar10"] = {
-        "bits_per_dim": value,
-        "error": error,
-        "updates": updates,
-        "per_update": training.per_update,
-        "compile_seconds": training.compile_seconds,
-        "flops_per_second": rate,
-        "stages": training.stages,
-        "num_train": len(images.train),
-        "num_test": num_test,
-        "weights": weights,
-    }
-    how = f"U-Net {run.how.network.channels}, {run.how.network.num_blocks} blocks, {weights / 1e6:.3g} M weights"
-    path = ", ".join(f"{stage.bits_per_dim:.3f} after {stage.seconds:.0f} s" for stage in training.stages)
-    return [
-        Row(
-            "CIFAR-10, test images: K",
-            f"at most {value:.3f} ± {error:.3f} bits/dim",
-            f"{num_test} images, {num_times} of T = {script.T} steps drawn per image, in {took:.0f} s with compilation",
-        ),
-        Row(
-            "– training",
-            f"{run.minutes:.3g} minutes, {updates} updates of {run.how.batch_size}",
-            f"{how}; trained on {len(images.train)} images; compilation {training.compile_seconds:.0f} s; "
-            f"training batches: {path}",
-        ),
-        Row(
-            "– updates/s",
-            f"{1 / training.per_update:.1f} ({run.how.batch_size / training.per_update:.0f} images/s)",
-            f"{rate / 1e12:.3g} TFLOP/s in products{share}",
-        ),
-    ]
-
-
-def training_flops(how: example.Settings) -> int:
-    """Of an update, per image: those of a call of the network, three times over."""
-    x, t, level = jnp.zeros((1, *script.SHAPE)), jnp.ones(1, int), jnp.zeros(1)
-    params = jax.eval_shape(how.network.init, jax.random.key(0), x, t, level)
-    return 3 * flops.count(how.network.apply, params, x, t, level)
-
-
-def likelihood(run: Run) -> list[Row]:
-    """K by whole trajectories, beside K by drawn steps, of the same images."""
-    few, fit = run.few(), run.training.fit
-    bound = partial(ppd.lower_bound, jax.random.key(5), fit.prior, num_samples=1, chunk_size=run.chunk)
-    bound(few)  # compiles
-    timed = time.perf_counter()
-    value, error = example.mean_and_error(ppd.units.bits_per_dim(np.asarray(bound(few).value), example.NUM_DIMS))
-    took = time.perf_counter() - timed
-    levels = run.images.test[: run.num_few]
-    drawn, _ = example.bits_per_dim(
-        jax.random.key(6), fit.diffusion, fit.params, levels, num_times=4, rows=run.chunk // 4
-    )
-    return [
-        Row(
-            "K by whole trajectories, T = 1000",
-            f"{len(few) / took:.3g} images/s",
-            f"at most {value:.3f} ± {error:.3f} bits/dim of {len(few)} images; by drawn steps {drawn:.3f}",
-        )
-    ]
-
-
-def sampling_images(run: Run) -> list[Row]:
-    """Draws by the whole chain and by a short one, and what the short one's bound is worse by."""
-    fit, rows, few = run.training.fit, [], run.few()
-    for num_timesteps in (script.T, 50):
-        prior = fit.diffusion.prior(fit.params, num_timesteps=num_timesteps)
-        example.sample_images(jax.random.key(7), prior, run.chunk)  # compiles
-        timed = time.perf_counter()
-        x = example.sample_images(jax.random.key(8), prior, run.chunk)
-        took = time.perf_counter() - timed
-        figure = ppd.plotting.samples(x, title=f"CIFAR-10, {num_timesteps} steps")
-        figure.savefig(run.out / f"cifar10_{num_timesteps}_steps.png")
-        note = ""
-        if num_timesteps < script.T:
-            bound = ppd.lower_bound(jax.random.key(5), prior, few, num_samples=1, chunk_size=run.chunk)
-            value, error = example.mean_and_error(ppd.units.bits_per_dim(np.asarray(bound.value), example.NUM_DIMS))
-            note = f"K of this chain: at most {value:.3f} ± {error:.3f} bits/dim of {len(few)} images"
-        rows.append(Row(f"sampling, {num_timesteps} steps", f"{run.chunk / took:.3g} images/s", note))
-    return rows
-
-
-def precision(run: Run) -> list[Row]:
-    """What computing inside the network in bfloat16 costs K: the same weights in float32, the same draws."""
-    fit = run.training.fit
-    full = script.diffusion(run.how.network.clone(dtype="float32", precision="highest"))
-    levels = run.images.test[: 2 * run.chunk]
-    bound = partial(example.bits_per_dim, jax.random.key(9), params=fit.params, levels=levels, num_times=4)
-    ours, exact = (bound(diffusion=d, rows=run.chunk // 4)[0] for d in (fit.diffusion, full))
-    return [
-        Row(
-            f"K in {run.how.network.dtype or 'float32'} inside, less K in float32",
-            f"{ours - exact:+.4f} bits/dim",
-            f"the same weights and draws; {len(levels)} images",
-        )
-    ]
 
 
 def mlp(run: Run) -> list[Row]:
@@ -289,10 +96,20 @@ def _as_row(comparison: Comparison) -> Row:
 # in the order in which they matter, but for the first, which takes seconds and is needed by the next
 ROWS: dict[str, Callable[[Run], list[Row]]] = {
     "ceilings": ceilings,
-    "cifar10": cifar10,
-    "sampling": sampling_images,
-    "likelihood": likelihood,
-    "precision": precision,
+    "cifar10": partial(gpu_images.training, "cifar10"),
+    "binarized_mnist": partial(gpu_images.training, "binarized_mnist"),
+    "log_prob": gpu_images.log_prob,
+    "multi_scale": partial(gpu_images.training, "multi_scale"),
+    "mnist": partial(gpu_images.training, "mnist"),
+    "parzen": gpu_images.parzen_window,
+    "bark": partial(gpu_images.training, "bark"),
+    "dead_leaves": partial(gpu_images.training, "dead_leaves"),
+    "denoise": partial(gpu_images.posterior, "denoise"),
+    "digits": partial(gpu_images.posterior, "digits"),
+    "hole": partial(gpu_images.posterior, "hole"),
+    "sampling": gpu_images.sampling,
+    "likelihood": gpu_images.likelihood,
+    "precision": gpu_images.precision,
     "mlp": mlp,
     "smc": smc,
 }
@@ -362,13 +179,26 @@ def measure(run: Run, names: list[str], deadline: float) -> Results:
     return results
 
 
+def minutes_of(text: str) -> dict[str, float]:
+    """``"4"``, or ``"cifar10=4,mnist=1"``.
+
+    :raises ValueError: naming what is no such row.
+    """
+    parts = text.split(",") if "=" in text else [f"cifar10={text}"]
+    given = {name: float(value) for name, _, value in (part.partition("=") for part in parts)}
+    if unknown := set(given) - set(MINUTES):
+        raise ValueError(f"--minutes takes {', '.join(MINUTES)}; got {', '.join(sorted(unknown))}")
+    return {**MINUTES, **given}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10's python version")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10's python version, MNIST's files, photographs")
     parser.add_argument("--out", type=Path, default=Path("figures/gpu"), help="folder of the results")
     parser.add_argument("--state", type=Path, help="file of the training's state (default: state.npz beside them)")
-    parser.add_argument("--minutes", type=float, default=4.5, help="of training on CIFAR-10 (default: 4.5)")
+    default = ",".join(f"{name}={value:g}" for name, value in MINUTES.items())
+    parser.add_argument("--minutes", default=default, help=f"of training; a number is cifar10's (default: {default})")
     parser.add_argument("--deadline", type=float, default=8.0, help="minutes after which no row is begun (default: 8)")
     parser.add_argument("--only", help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
@@ -377,7 +207,7 @@ def main() -> None:
     if unknown := set(names) - set(ROWS):
         parser.error(f"--only takes {', '.join(ROWS)}; got {', '.join(sorted(unknown))}")
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(args.data, args.out, args.state or args.out / "state.npz", args.minutes, args.small)
+    run = Run(args.data, args.out, args.state or args.out / "state.npz", minutes_of(args.minutes), args.small)
     print(f"{device()}, jax {jax.__version__}", flush=True)
     print(measure(run, names, 60 * args.deadline).as_markdown())
 

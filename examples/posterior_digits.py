@@ -131,7 +131,7 @@ def run(
     """Trains, prints the table, writes the figures; ``num_images`` real digits, and as many drawn ones."""
     data = ppd.datasets.digits(jax.random.key(0))
     trained = train(data, num_steps, progress=progress)
-    prior = trained.diffusion.prior(trained.params, num_timesteps=num_timesteps)
+    prior = trained.shortened(num_timesteps)
     held_out = ppd.datasets.dequantize(jax.random.key(1), data.test)
     for chain in (trained, prior):  # what a shorter chain costs
         bound = ppd.lower_bound(jax.random.key(2), chain, held_out[:num_test], progress_bar=progress)

@@ -85,7 +85,7 @@ def run(
     """Trains, prints both tables, writes the figure."""
     data = ppd.datasets.heartbeat(jax.random.key(0))
     trained = train(data, num_steps, progress=progress)
-    prior = trained.diffusion.prior(trained.params, num_timesteps=num_timesteps)
+    prior = trained.shortened(num_timesteps)
     setting = partial(infer, jax.random.key(1), num_particles=num_particles, progress=progress)
     results = {}
     for name, bins in KNOWN.items():

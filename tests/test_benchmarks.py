@@ -12,24 +12,30 @@ import pytest
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
+from scipy.stats import multivariate_normal
 
 import pp_diffusion as ppd
 from benchmarks import (
     digits,
     flow,
     flow_density,
+    gpu,
     gradient_variance,
+    image_baselines,
     likelihood,
     naive_numpyro,
+    parzen,
     posterior,
     precision,
     sampling,
     setting,
     timing,
     training_step,
+    unet_step,
 )
 from benchmarks.__main__ import main
 from benchmarks.reference import handwritten
+from benchmarks.reference import handwritten_unet as by_hand
 from benchmarks.reference import naive_numpyro as naive
 from pp_diffusion.objectives import UNIFORM_SHARE, draw_steps, fixed_terms, step_cost
 
@@ -196,6 +202,7 @@ LONG = [
     flow,
     digits,
     posterior,
+    unet_step,
 ]  # they compile many programs
 
 
@@ -236,6 +243,121 @@ def test_the_others_densities_of_digits():
     np.testing.assert_allclose(normal(x), density.sum((1, 2)), rtol=1e-3)
     chosen = digits.best(levels, [("diag", 1, 0.1), ("full", 2, 0.1)], digits.train_mixture)
     assert chosen.what.startswith("2 components, full")
+
+
+@pytest.mark.slow
+def test_the_handwritten_unets_loss_is_ours():
+    """On the same steps and noise; and it draws the steps as ours."""
+    diffusion = ppd.Diffusion(
+        ppd.GaussianKernel((8, 8, 3)),
+        ppd.FixedSchedule.log_linear(6, 2e-2, -8.0),
+        unet_step.script.for_cpu.clone(channels=(4, 6, 6), num_timesteps=None),
+        last_step="network",
+        transform=unet_step.script.transform,
+    )
+    chain = by_hand.steps(6, 2e-2, -8.0)
+    params = jax.tree.map(
+        lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape),
+        jax.jit(diffusion.init_params)(jax.random.key(0)),
+    )
+    (weights,) = params.values()
+    x_0 = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
+
+    @jax.jit
+    def both(params, weights, index):
+        process, key = diffusion.reverse_process(params), jax.random.key(2)
+        x_t = process.kernel.marginal(x_0, process.rates.at(index).log_snr).sample(key)
+        noise = (x_t - chain.signal[index][:, None, None, None] * x_0) / chain.noise[index][:, None, None, None]
+        last, prior_kl = fixed_terms(key, process, x_0)
+        ours = jnp.mean(step_cost(key, process, x_0, index) / chain.shares[index] + prior_kl - last)
+        return ours, by_hand.loss(weights, chain, x_0, index, noise)
+
+    for index in (jnp.arange(6), jnp.zeros(6, int)):
+        np.testing.assert_allclose(*both(params, weights, index), rtol=1e-4)
+    process = diffusion.reverse_process(params)
+    draws = jax.vmap(lambda k: draw_steps(k, process, 50, 1))(jax.random.split(jax.random.key(3), 400))
+    np.testing.assert_allclose(draws[1] * 6, 1 / chain.shares[draws[0]], rtol=1e-4)
+
+
+def test_a_gpu_call_measures_what_is_not_there_yet(tmp_path, monkeypatch):
+    """Rows that are there are not measured again; those that failed, lacked something or came too late are."""
+    calls, numbers = [], []
+
+    def row(name, error=None):
+        def measured(run):
+            calls.append(name)
+            numbers.append(dict(run.numbers))
+            if error is not None:
+                raise error
+            run.numbers[name] = {"found": 1.5}
+            return [gpu.Row(name, "1.5 s", "a note")]
+
+        return measured
+
+    def call(deadline, **rows):
+        monkeypatch.setattr(gpu, "ROWS", rows)
+        calls.clear()
+        run = gpu.Run(None, tmp_path, tmp_path / "state.npz", gpu.minutes_of("1"), small=True)
+        return gpu.measure(run, list(rows), deadline).as_markdown()
+
+    failed = {"lacking": row("lacking", gpu.NotRun("no data")), "broken": row("broken", ValueError("too\nlong"))}
+    table = call(60, good=row("good"), **failed)
+    assert calls == ["good", "lacking", "broken"]
+    assert "| good | 1.5 s | a note |" in table and "not run: no data" in table and "failed: ValueError: too |" in table
+    table = call(60, good=row("good"), lacking=row("lacking"), broken=failed["broken"], other=row("other"))
+    assert calls == ["lacking", "broken", "other"]
+    assert numbers[-1] == {"good": {"found": 1.5}, "lacking": {"found": 1.5}}  # also those of the earlier call
+    assert table.count("1.5 s") == 3
+    table = call(-1, good=row("good"), late=row("late"))
+    assert calls == [] and "not run: out of time" in table and table.count("1.5 s") == 3
+    assert gpu.minutes_of("mnist=0.5,bark=2") == {**gpu.MINUTES, "mnist": 0.5, "bark": 2.0}
+    with pytest.raises(ValueError, match="nist"):
+        gpu.minutes_of("nist=1")
+
+
+def test_the_parzen_window_is_the_mean_of_its_bumps():
+    rng = np.random.default_rng(0)
+    samples, x, bandwidths = rng.uniform(size=(7, 5)), rng.uniform(size=(4, 5)), np.array([0.2, 0.5])
+    found = parzen.log_density(*(jnp.asarray(a, dtype=float) for a in (samples, x, bandwidths)), 3)
+    for j, width in enumerate(bandwidths):
+        bumps = np.exp(dist.Normal(samples, width).log_prob(x[:, None]).sum(-1))
+        np.testing.assert_allclose(found[:, j], np.log(bumps.mean(1)), rtol=1e-4)
+    chosen = parzen.parzen(samples, samples[:2] + 0.01, x)
+    assert chosen.bandwidth == parzen.BANDWIDTHS[0]
+
+
+def test_baselines_of_images_are_densities():
+    rng = np.random.default_rng(0)
+    train, x = rng.normal(size=(400, 8, 8)) @ np.triu(np.ones((8, 8))) + 3, rng.normal(size=(3, 8, 8))
+    flat = train.reshape(400, -1)
+    expected = dist.Normal(train.mean(), train.std()).log_prob(x).sum((1, 2))
+    np.testing.assert_allclose(image_baselines.isotropic(train)(x), expected, rtol=1e-5)
+    from sklearn.covariance import ledoit_wolf
+
+    law = multivariate_normal(flat.mean(0), ledoit_wolf(flat)[0])
+    np.testing.assert_allclose(image_baselines.full(train)(x), law.logpdf(x.reshape(3, -1)), rtol=1e-6)
+    patches = image_baselines.as_patches(np.arange(2 * 16 * 8).reshape(2, 16, 8))
+    np.testing.assert_array_equal(patches[1, 1], np.arange(192, 256))
+    # a mixture of one component is the normal law of its patches
+    one = image_baselines.mixture(train, num_components=1)(x)
+    law = multivariate_normal(flat.mean(0), np.cov(flat.T, bias=True) + 1e-5 * flat.var() * np.eye(64))
+    np.testing.assert_allclose(one, law.logpdf(x.reshape(3, -1)), rtol=1e-5)
+
+
+def test_the_conditional_mixture_reads_in_order_and_is_normalised():
+    """A pixel's density knows those before it, in reading order, and integrates to one."""
+    radius, x = 2, jax.random.normal(jax.random.key(0), (1, 4, 5))
+    size = image_baselines.neighbours(x, radius).shape[-1]
+    weights = image_baselines.init(jax.random.key(1), size, 3, 2, 2)
+    weights = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), weights)
+    density = jax.jit(lambda x: image_baselines.pixel_log_density(weights, x, radius)[0].ravel())
+    changed = np.abs(density(x.at[0, 1, 2].add(1.0)) - density(x)) > 1e-6
+    # itself, two to its right, and the two rows below within reach
+    expected = {7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19}
+    assert set(np.flatnonzero(changed)) == expected
+    grid = jnp.linspace(-40, 40, 4001)
+    on_grid = jax.vmap(lambda v: density(x.at[0, 1, 2].set(v))[7])(grid)
+    np.testing.assert_allclose(np.exp(np.asarray(on_grid, np.float64)).sum() * 0.02, 1, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", [[], ["--markdown"]])

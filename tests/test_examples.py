@@ -106,10 +106,12 @@ def test_every_example_is_tested():
         "__init__",
         "__main__",
         "report",
+        "images",
         "gap",
         "optimum",
     }
-    assert modules == {*FIGURES, "cifar10"}  # which needs its data: test_image_data.py
+    of_images = {"cifar10", "mnist", "binarized_mnist", "bark", "dead_leaves"}  # test_image_data.py
+    assert modules == {*FIGURES, *of_images, "image_posteriors"}  # and test_image_posteriors.py
 
 
 def test_the_gap_is_that_of_the_points_given():

@@ -2,14 +2,18 @@
 
 import gzip
 import pickle
+import re
 import runpy
 import struct
 import sys
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import pp_diffusion as ppd
 
@@ -107,11 +111,11 @@ def idx(array):
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def write_mnist(folder, zipped=True):
+def write_mnist(folder, zipped=True, num=5):
     arrays = {}
-    for prefix, num in (("train", 5), ("t10k", 3)):
-        arrays[f"{prefix}-images-idx3-ubyte"] = RNG.integers(0, 256, (num, 28, 28), dtype=np.uint8)
-        arrays[f"{prefix}-labels-idx1-ubyte"] = RNG.integers(0, 10, num).astype(np.uint8)
+    for prefix, count in (("train", num), ("t10k", num - 2)):
+        arrays[f"{prefix}-images-idx3-ubyte"] = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{prefix}-labels-idx1-ubyte"] = RNG.integers(0, 10, count).astype(np.uint8)
     for name, array in arrays.items():
         content = idx(array)
         (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(content) if zipped else content)
@@ -223,11 +227,160 @@ def test_arrays_of_a_partial_are_arguments_of_the_program():
     np.testing.assert_array_equal(run(DrawFeed(lambda key: draw(key, images)), key), first)
 
 
+# --- photographs ---------------------------------------------------------------------------------------------------
+
+
+def write_photographs(folder, shape=(16, 12, 3), names=("b.png", "a.PNG")):
+    folder.mkdir(exist_ok=True)
+    written = {}
+    for name in names:
+        written[name] = RNG.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(written[name]).save(folder / name)
+    return written
+
+
+def test_image_folder(tmp_path):
+    written = write_photographs(tmp_path)
+    (tmp_path / "README.txt").write_text("no photograph")
+    (tmp_path / "more.png").mkdir()
+    data = ppd.datasets.image_folder(tmp_path)
+    in_order = np.stack([written["a.PNG"], written["b.png"]])
+    np.testing.assert_array_equal(data.train, in_order[:, :12])
+    np.testing.assert_array_equal(data.test, in_order[:, 12:])
+    grey = ppd.datasets.image_folder(tmp_path, grey=True, shape=(8, 6), test_share=0.5)
+    assert grey.train.shape == grey.test.shape == (2, 4, 6) and grey.train.dtype == np.uint8
+    luma = in_order[:, 4:12, 3:9] @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(np.concatenate([grey.train, grey.test], 1), luma, atol=1)
+
+
+def test_image_folder_refuses_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        ppd.datasets.image_folder(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="holds no file that ends in"):
+        ppd.datasets.image_folder(tmp_path)
+    write_photographs(tmp_path, (64, 64, 3), ("a.jpg", "b.jpg"))
+    for wrong, said in (
+        ({"test_share": 1.0}, "test_share"),
+        ({"shape": (0, 4)}, "shape"),
+        ({"shape": (65, 4)}, "a.jpg"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ppd.datasets.image_folder(tmp_path, **wrong)
+    path, whole = tmp_path / "b.jpg", (tmp_path / "b.jpg").read_bytes()
+    deep = tmp_path / "deep.png"
+    Image.fromarray(RNG.integers(0, 60_000, (64, 64), dtype=np.uint16)).save(deep)
+    sixteen_bits = deep.read_bytes()
+    deep.unlink()
+    write_photographs(tmp_path / "other", (32, 64, 3), ("c.png",))
+    for content, said in (
+        (whole[: len(whole) // 2], "not a whole image"),
+        (b"GIF", "not a whole image"),
+        (b"", "not a whole image"),
+        (sixteen_bits, "8 bits to a colour"),
+        ((tmp_path / "other" / "c.png").read_bytes(), r"has \(32, 64\) pixels, a.jpg \(64, 64\)"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"b\.jpg .*{said}"):
+            ppd.datasets.image_folder(tmp_path)
+
+
+# --- dead leaves ---------------------------------------------------------------------------------------------------
+
+
+def same_leaf(distance, low, high, exponent):
+    """The probability that two pixels show one leaf: E[area that a disc and itself, moved, share] over that of both."""
+    r = np.linspace(low, high, 20_001)
+    law = r**-exponent / np.sum(r**-exponent)
+    half = np.minimum(distance / (2 * r), 1)
+    shared = np.sum(law * 2 * r**2 * (np.arccos(half) - half * np.sqrt(1 - half**2)))
+    return shared / (2 * np.sum(law * np.pi * r**2) - shared)
+
+
+def test_dead_leaves_have_the_correlations_of_their_law():
+    """Grey values are independent from leaf to leaf, so that their correlation is the probability of one leaf. Errors
+    are those over images, which are independent; within 4.5 of them."""
+    low, high, exponent, noise = 1.5, 6.0, 3.0, 0.05
+    settings = {"size": 10, "min_radius": low, "max_radius": high, "exponent": exponent, "noise": noise}
+    data = ppd.datasets.dead_leaves(jax.random.key(0), 600, 1, **settings)
+    images = np.asarray(data.train, np.float64) - 0.5
+    assert images.shape == (600, 10, 10)
+
+    def close(per_image, expected):
+        error = per_image.std(ddof=1) / np.sqrt(len(per_image))
+        assert abs(per_image.mean() - expected) < 4.5 * error < 0.025
+
+    close(images.mean((1, 2)), 0.0)
+    close((images**2).mean((1, 2)), 1 / 12 + noise**2)
+    for distance in (1, 3, 8):
+        for one, other in (
+            (images[:, distance:], images[:, :-distance]),
+            (images[:, :, distance:], images[:, :, :-distance]),
+        ):
+            close((one * other).mean((1, 2)), same_leaf(distance, low, high, exponent) / 12)
+
+
+def test_dead_leaves_are_seeded_and_refuse():
+    draw = partial(ppd.datasets.dead_leaves, num_train=3, num_test=2, size=4)
+    first, again, other = (draw(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.train, again.train)
+    assert (np.asarray(first.train) != np.asarray(other.train)).all()
+    assert np.unique(np.concatenate([first.train, first.test])).size == 5 * 16
+    for wrong, said in (
+        ({"num_train": 0}, "num_train"),
+        ({"min_radius": 20.0}, "min_radius and max_radius"),
+        ({"exponent": 1.0}, "exponent"),
+        ({"noise": 0.0}, "noise"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            draw(jax.random.key(0), **wrong)
+    with pytest.raises(TypeError, match="rng_key"):
+        draw(0)
+
+
+def test_patches_are_drawn_anywhere():
+    images = jnp.arange(2 * 5 * 4 * 3).reshape(2, 5, 4, 3)
+    drawn = jax.jit(ppd.datasets.random_patches, static_argnums=(2, 3, 4))(jax.random.key(0), images, 300, 4, 2)
+    windows = [images[n, i : i + 4, j : j + 2] for n in range(2) for i in range(2) for j in range(3)]
+    found = np.stack([(drawn == window).all((1, 2, 3)) for window in windows])
+    assert (found.sum(0) == 1).all() and (found.sum(1) > 8).all()
+    with pytest.raises(ValueError, match="height and width"):
+        ppd.datasets.random_patches(jax.random.key(0), images, 3, 6, 2)
+
+
+# --- the examples --------------------------------------------------------------------------------------------------
+
+
+def write_binarized(folder):
+    bits = RNG.integers(0, 2, (40, 784), dtype=np.uint8)
+    packed = {part: np.packbits(bits, axis=1) for part in ("train", "valid", "test")}
+    np.savez(folder / "binarized_mnist_packed.npz", **packed)
+
+
+EXAMPLES = {
+    "cifar10": lambda folder: write_cifar(folder, num=40),
+    "mnist": lambda folder: write_mnist(folder, num=40),
+    "binarized_mnist": write_binarized,
+    "bark": lambda folder: write_photographs(folder, (300, 70, 3)),
+    "dead_leaves": None,
+}
+
+
 @pytest.mark.slow
-def test_the_example_trains_on_a_users_folder(tmp_path, monkeypatch, capfd):
-    write_cifar(tmp_path / "data" / "cifar-10-batches-py", num=40)
-    options = ["--data", str(tmp_path / "data"), "--figures", str(tmp_path), "--no-progress", "--small"]
-    monkeypatch.setattr(sys, "argv", ["cifar10.py", *options])
-    runpy.run_module("examples.cifar10", run_name="__main__")
-    assert "bits/dim" in capfd.readouterr().out
-    assert list(tmp_path.glob("*.png"))
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_trains_on_a_users_folder(name, tmp_path, monkeypatch, capfd):
+    """And, called again, goes on from where it was; what it wrote is a prior."""
+    options = ["--figures", str(tmp_path / "figures"), "--state", str(tmp_path / "state.npz"), "--no-progress"]
+    options += ["--small", "--prior", str(tmp_path / "x.ppd")]
+    if EXAMPLES[name] is not None:
+        EXAMPLES[name](tmp_path)
+        options += ["--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+    updates = []
+    for _ in range(2 if name == "dead_leaves" else 1):
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / f"{name}.py"), run_name="__main__")
+        out = capfd.readouterr().out
+        assert re.search(r"^K( - L_null)?: at (most|least) \S+ ± \S+ (bits/dim|nats|bits/pixel)$", out, re.MULTILINE)
+        updates.append(int(re.search(r"(\d+) updates", out)[1]))
+    assert updates[0] > 70 and updates[-1] >= 71 * len(updates) + 2
+    assert (tmp_path / "figures" / f"{name}_samples.png").stat().st_size > 5_000
+    assert ppd.load(tmp_path / "x.ppd").num_timesteps in (500, 1000)

@@ -7,7 +7,8 @@ import pytest
 
 import pp_diffusion as ppd
 from pp_diffusion.networks.convolution import Convolution, convolve, convolve_by_lax, convolve_by_patches
-from pp_diffusion.networks.images import pad_to_multiple, repeat_pixels, space_to_depth
+from pp_diffusion.networks.images import mean_pool, pad_to_multiple, repeat_pixels, space_to_depth
+from pp_diffusion.networks.readout import Readout
 
 T = 4
 SCHEDULE = ppd.FixedSchedule.log_linear(T, first_beta=0.01)
@@ -59,6 +60,7 @@ def test_resolutions():
     assert down.shape == (1, 2, 3, 4)
     np.testing.assert_array_equal(down[0, 1, 2], [16, 17, 22, 23])
     np.testing.assert_array_equal(repeat_pixels(x)[0, 2:4, 4:6, 0], np.full((2, 2), 8))
+    np.testing.assert_array_equal(mean_pool(x)[0, :, :, 0], [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]])
     padded = pad_to_multiple(x, 4)
     assert padded.shape == (1, 4, 8, 1) and (padded[:, :, 6:] == 0).all()
     assert pad_to_multiple(x, 2) is x
@@ -120,6 +122,115 @@ def test_sines_are_the_expected_ones_of_the_data():
     x_0 = 0.7 / np.sqrt(jax.nn.sigmoid(1.5)) + noise * np.exp(-0.75)
     expected = [f(np.pi * 2.0**k * x_0).mean() for k in (0, -1) for f in (np.sin, np.cos)]
     np.testing.assert_allclose(seen, expected, atol=5e-3)
+
+
+# --- multi-scale convolutions --------------------------------------------------------------------------------------
+
+SCALES = ppd.networks.MultiScaleConv(features=(3, 2), num_scales=2, pixel_units=(4,), num_bumps=3)
+
+
+def small_scales(event_shape, network=SCALES, **settings):
+    """A diffusion with that network, and parameters that do something."""
+    diffusion = ppd.Diffusion(ppd.GaussianKernel(event_shape), SCHEDULE, network, **settings)
+    return diffusion, shaken(jax.jit(diffusion.init_params)(jax.random.key(0)))
+
+
+def test_a_multi_scale_layer_is_the_papers():
+    """Means of blocks, a convolution for each scale, repetition, the sum, softplus: by loops over pixels."""
+    network = ppd.networks.MultiScaleConv(
+        features=(1,), num_scales=2, pixel_units=(), num_bumps=1, num_timesteps=T, outputs=("real",)
+    )
+    x = np.random.default_rng(0).normal(size=(1, 4, 6))
+    params = shaken(network.init(jax.random.key(0), jnp.asarray(x), jnp.ones(1, int))["params"])
+    readout = params["readout"]["Dense_0"]
+    found = network.apply({"params": params}, jnp.asarray(x), jnp.ones(1, int))[0][0]
+
+    def convolve_by_hand(image, kernel, bias):
+        padded = np.pad(image, 1)
+        out = np.zeros_like(image)
+        for i, j in np.ndindex(image.shape):
+            out[i, j] = (padded[i : i + 3, j : j + 3] * kernel).sum() + bias
+        return out
+
+    pooled = x[0].reshape(2, 2, 3, 2).mean((1, 3))
+    low, high = (
+        convolve_by_hand(image, np.asarray(layer["kernel"])[:, :, 0, 0], float(layer["bias"][0]))
+        for image, layer in ((pooled, params["Convolution_0"]), (x[0], params["Convolution_1"]))
+    )
+    layer = np.log1p(np.exp(np.repeat(np.repeat(low, 2, 0), 2, 1) + high))
+    weights = np.asarray(readout["kernel"])[:, 0]
+    expected = x[0] * weights[0] + layer * weights[1] + float(readout["bias"][0])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bumps_are_those_of_the_paper():
+    """Eqs. 62-63: one coefficient each, weighted by softmax-normalised bumps as wide as they are apart."""
+    readout = Readout("bumps", ("real",), 12, "highest", num_bumps=3, bump_width=1.0)
+    t = jnp.arange(1, 13)
+    dense = {"kernel": jnp.array([[1.0, 10.0, 100.0]]), "bias": jnp.zeros(3)}
+    found = readout.apply({"params": {"Dense_0": dense}}, jnp.ones((12, 1)), t, ())[0]
+    bumps = np.exp(-((np.arange(1, 13)[:, None] - np.array([2.0, 6.0, 10.0])) ** 2) / (2 * 4.0**2))
+    np.testing.assert_allclose(found, bumps @ [1, 10, 100] / bumps.sum(1), rtol=1e-4)
+
+
+def test_multi_scale_convolutions_of_patches_serve_images_of_any_size():
+    """Parameters are those of any size; inside, away from edges, a larger image is what its patch is."""
+    patch, params = small_scales((16, 14, 2), parameterization="paper")
+    whole, others = small_scales((33, 30, 2), parameterization="paper")
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, others)
+    x = jax.random.normal(jax.random.key(2), (2, 33, 30, 2))
+    t = jnp.array([1, 3])
+    out = jax.jit(lambda p, x: call(whole, p, x, t))(params, x)
+    inner = jax.jit(lambda p, x: call(patch, p, x, t))(params, x[:, 8:24, 12:26])
+    for large, small in zip(out, inner, strict=True):
+        assert large.shape == x.shape and float(jnp.std(large)) > 0.01
+        np.testing.assert_allclose(small[:, 6:10, 6:8], large[:, 14:18, 18:20], rtol=1e-4, atol=1e-5)
+    prior = whole.prior(params)
+    assert prior.sample(jax.random.key(3), (1,)).shape == (1, 33, 30, 2)
+
+
+def test_time_enters_the_readout_alone_and_the_dense_path_sees_all_pixels():
+    near, params = small_scales((8, 6))
+    x = jax.random.normal(jax.random.key(2), (T, 8, 6))
+    same = jnp.broadcast_to(x[:1], x.shape)
+    run = jax.jit(lambda p, x, t: call(near, p, x, t)[0])
+    over_time = run(params, same, jnp.arange(1, T + 1)).reshape(T, -1)
+    assert np.linalg.matrix_rank(over_time, tol=1e-4) == 3  # one readout per bump
+    moved = run(params, same.at[:, 0, 0].add(1.0), jnp.arange(1, T + 1)).reshape(T, 8, 6)
+    assert np.abs(moved - over_time.reshape(T, 8, 6))[:, 7, 5].max() == 0
+    network = SCALES.clone(features=(), dense_units=(5,), dense_features=2)
+    far, params = small_scales((8, 6), network)
+    run = jax.jit(lambda p, x: call(far, p, x, jnp.full(T, 2))[0])
+    assert (np.abs(run(params, same.at[:, 0, 0].add(1.0)) - run(params, same)) > 1e-6).all()
+
+
+def test_multi_scale_refuses_and_takes_contexts():
+    for wrong, said in (
+        ({"features": ()}, "features or dense_units"),
+        ({"num_scales": 0}, "num_scales"),
+        ({"num_bumps": 0}, "num_bumps"),
+        ({"features": (0,)}, "widths"),
+        ({"bump_width": 0.0}, "bump_width"),
+        ({"size": 2}, "size must be odd"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(SCALES.clone(**wrong), (4, 4)).init_params(jax.random.key(0))
+    with pytest.raises(ValueError, match="event_shape must be"):
+        make(SCALES, (3,)).init_params(jax.random.key(0))
+    diffusion, labels = make(SCALES, (4, 4)), jax.nn.one_hot(jnp.array([0, 2]), 3)
+    params = shaken(jax.jit(lambda k: diffusion.init_params(k, labels, 1))(jax.random.key(0)))
+    x, t = jnp.zeros((2, 4, 4)), jnp.ones(2, int)
+    assert (np.abs(np.diff(call(diffusion, params, x, t, labels)[0], axis=0)) > 1e-6).all()
+
+
+@pytest.mark.slow
+def test_multi_scale_convolutions_learn_by_the_papers_rule():
+    """Stripes that all of a patch's pixels agree on."""
+    sign = jnp.where(jax.random.bernoulli(jax.random.key(0), shape=(256, 1, 1)), 1.0, -1.0)
+    data = sign + 0.1 * jax.random.normal(jax.random.key(1), (256, 4, 4))
+    diffusion, _ = small_scales((4, 4), SCALES.clone(features=(8,), num_scales=3), parameterization="paper")
+    fit = ppd.fit(jax.random.key(2), diffusion, data, num_steps=200, batch_size=64, progress_bar=False)
+    assert fit.losses[-20:].mean() < fit.losses[:5].mean() - 3
 
 
 @pytest.mark.slow

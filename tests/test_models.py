@@ -15,14 +15,22 @@ from numpyro.infer import Predictive
 from numpyro.infer.util import compute_log_probs
 
 import pp_diffusion as ppd
-from models import digits, heartbeat, swiss_roll
+from models import bark, binarized_mnist, cifar10, dead_leaves, digits, heartbeat, mnist, swiss_roll
 
 SCRIPTS = {"swiss_roll": swiss_roll, "heartbeat": heartbeat, "digits": digits}
+IMAGES = {  # with their networks in a small form
+    "cifar10": (cifar10, {"channels": (2, 2), "num_blocks": 1}),
+    "mnist": (mnist, {"channels": (2, 2), "num_blocks": 1}),
+    "binarized_mnist": (binarized_mnist, {"channels": (2, 2), "num_blocks": 1}),
+    "bark": (bark, {"features": (2,), "num_scales": 2, "pixel_units": (2,)}),
+    "dead_leaves": (dead_leaves, {"features": (2,), "num_scales": 2, "pixel_units": (2,)}),
+}
+ALL = SCRIPTS | {name: script for name, (script, _) in IMAGES.items()}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL)
 def test_script_is_short_and_imports_little(name):
-    source = Path(SCRIPTS[name].__file__).read_text()
+    source = Path(ALL[name].__file__).read_text()
     assert len(source.splitlines()) < 80
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
@@ -52,9 +60,31 @@ def digits_case():
 CASES = {"swiss_roll": roll_case, "heartbeat": heartbeat_case, "digits": digits_case}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_script_has_the_densities_of_diffusion(name):
-    script, (diffusion, x, units) = SCRIPTS[name], CASES[name]()
+def images_case(name, monkeypatch):
+    """The program as it is written, on images of a few pixels and a chain of a few steps."""
+    script, sizes = IMAGES[name]
+    shape, num_timesteps = (4, 4, *script.SHAPE[2:]), 4
+    kernel = script.kernel.replace(event_shape=shape)
+    if name == "binarized_mnist":
+        schedule = ppd.FixedSchedule.constant_erasure(num_timesteps)
+    else:
+        schedule = ppd.FixedSchedule.log_linear(num_timesteps, first_beta=0.01, final_log_snr=-4.0)
+    network = script.sizes(**sizes, num_timesteps=num_timesteps)
+    for part, value in {"SHAPE": shape, "kernel": kernel, "schedule": schedule, "network": network}.items():
+        monkeypatch.setattr(script, part, value)
+    units = {"loc": 90.0, "scale": 40.0} if name == "bark" else {}
+    x = jax.random.uniform(jax.random.key(1), (3, *shape))
+    if name == "binarized_mnist":
+        x = jnp.round(x)
+    elif name != "dead_leaves":
+        x = 256 * x
+    return script.diffusion(network, **units), x, units
+
+
+@pytest.mark.parametrize("name", [*CASES, *IMAGES])
+def test_script_has_the_densities_of_diffusion(name, monkeypatch):
+    script = ALL[name]
+    diffusion, x, units = images_case(name, monkeypatch) if name in IMAGES else CASES[name]()
 
     @jax.jit
     def drawn():

@@ -6,7 +6,8 @@ Each is called as ``network(x_t, t, log_snr=..., context=...)`` and returns one 
 
 from pp_diffusion.networks.entrywise import Entrywise as Entrywise
 from pp_diffusion.networks.mlp import MLP as MLP
+from pp_diffusion.networks.multi_scale import MultiScaleConv as MultiScaleConv
 from pp_diffusion.networks.rbf import RBF as RBF
 from pp_diffusion.networks.unet import UNet as UNet
 
-__all__ = ["MLP", "RBF", "Entrywise", "UNet"]
+__all__ = ["MLP", "RBF", "Entrywise", "MultiScaleConv", "UNet"]

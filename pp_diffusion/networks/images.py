@@ -30,6 +30,12 @@ def space_to_depth(x: Array) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(rows, height // 2, width // 2, 4 * channels)
 
 
+def mean_pool(x: Array) -> Array:
+    """Blocks of 2 × 2 pixels as their means."""
+    rows, height, width, channels = x.shape
+    return x.reshape(rows, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
 def repeat_pixels(x: Array) -> Array:
     """Every pixel as a block of 2 × 2."""
     rows, height, width, channels = x.shape

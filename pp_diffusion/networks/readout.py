@@ -17,8 +17,8 @@ class Readout(nn.Module):
     r"""Linear readouts of features, one per output, starting at zero.
 
     ``"per_step"`` has weights of its own for each t (the paper, appendix D.1); ``"bumps"`` mixes ``num_bumps`` readouts
-    by softmax-normalised Gaussian bumps over time (eqs. 62–63), of a width of half their spacing; ``"shared"`` has one
-    for all t.
+    by softmax-normalised Gaussian bumps over time (eqs. 62–63), whose width is ``bump_width`` of their spacing;
+    ``"shared"`` has one for all t.
     """
 
     kind: ReadoutKind
@@ -26,6 +26,7 @@ class Readout(nn.Module):
     num_timesteps: int | None
     precision: str | None
     num_bumps: int = 10
+    bump_width: float = 0.5
 
     @nn.compact
     def __call__(self, features: Array, t: Array, event_shape: tuple[int, ...]) -> tuple[Array, ...]:
@@ -58,5 +59,5 @@ class Readout(nn.Module):
     def _bumps(self, t: Array) -> Array:
         assert self.num_timesteps is not None
         centres = (jnp.arange(self.num_bumps) + 0.5) / self.num_bumps * self.num_timesteps
-        width = self.num_timesteps / self.num_bumps / 2
+        width = self.bump_width * self.num_timesteps / self.num_bumps
         return jax.nn.softmax(-((t[..., None] - centres) ** 2) / (2 * width**2))
