@@ -42,14 +42,33 @@ def test_it_learns_and_the_figure_is_that_of_the_returned_parameters():
     assert exact - 0.25 < bound < exact + 0.15
 
 
-def test_same_key_same_result_and_pieces_join():
-    whole = fit(num_steps=24, optimizer=optax.adam(1e-3))
-    again = fit(num_steps=24, optimizer=optax.adam(1e-3))
-    np.testing.assert_array_equal(whole.losses, again.losses)
-    first = fit(num_steps=10, optimizer=optax.adam(1e-3))
-    second = fit(num_steps=14, optimizer=optax.adam(1e-3), state=first.state)
-    np.testing.assert_allclose(np.concatenate([first.losses, second.losses]), whole.losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), second.params, whole.params)
+@pytest.mark.parametrize(
+    "data", [DATA, [np.asarray(DATA[i : i + 32]) for i in range(0, 96, 32)]], ids=["array", "batches"]
+)
+def test_pieces_of_one_total_are_the_whole_bit_for_bit(data):
+    """Rate, random numbers and the place in the data go on where the last piece ended, wherever that was."""
+    whole, state, losses = fit(data, num_steps=24), None, []
+    for num_steps in (1, 9, 14):
+        piece = fit(data, num_steps=num_steps, total_steps=24, state=state)
+        state = piece.state
+        losses.append(piece.losses)
+    np.testing.assert_array_equal(np.concatenate(losses), whole.losses)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (piece.params, piece.state.svi.optim_state),
+        (whole.params, whole.state.svi.optim_state),
+    )
+
+
+def test_totals_that_do_not_fit_are_named():
+    first = fit(num_steps=10, total_steps=24)
+    assert len(fit(num_steps=None, state=first.state).losses) == 14  # what is left of the total
+    for settings, least in (
+        ({"num_steps": 30, "total_steps": 20}, 30),
+        ({"state": first.state, "total_steps": 10, "num_steps": None}, 11),
+    ):
+        with pytest.raises(ValueError, match=f"total_steps must be at least what is done with this call, {least}"):
+            fit(**settings)
 
 
 def test_it_is_svi_on_the_bound_pair():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import optax  # where it is used: half of what our import costs beside NumPyro's and Flax's
 
 Objective = Literal["bound", "mse"]
+DEFAULT_UPDATES = 4000
 MAX_UPDATES_PER_DISPATCH = 1000
 SECONDS_PER_DISPATCH = 0.5
 
@@ -38,11 +39,13 @@ class FitState(NamedTuple):
     :ivar svi: NumPyro's SVI state (optimiser state with the parameters, random key).
     :ivar average: running averages of the parameters; ``None`` without averaging.
     :ivar step: updates done.
+    :ivar total: updates over which the default optimizer's rate runs.
     """
 
     svi: SVIState
     average: Any
     step: Array
+    total: Array
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def fit(
     diffusion: Diffusion,
     data: Any,
     *,
-    num_steps: int,
+    num_steps: int | None = None,
+    total_steps: int | None = None,
     batch_size: int = 512,
     optimizer: optax.GradientTransformation | Any = None,
     context: Any = None,
@@ -109,7 +113,11 @@ def fit(
         ``rng_key -> batch``, traced into the update, for endless simulated data. Large arrays that it draws from are
         given to it by a :class:`jax.tree_util.Partial`, which makes them arguments of the compiled program. A batch is
         an array, or a pair ``(x, context)``.
-    :param int num_steps: optimiser updates.
+    :param int num_steps: optimiser updates of this call; ``None`` is what is left of ``total_steps``, and
+        4000 where that is not given either.
+    :param int total_steps: optimiser updates in all, this call's and others', over which the default optimizer's rate
+        rises and decays: a run in pieces with one total is the run in one, bit for bit. ``None`` is the total of
+        ``state`` where that is not reached yet, else what is done when this call ends.
     :param int batch_size: rows per update, for an array (at most N).
     :param optimizer: an optax optimiser, or one of NumPyro's; the default is Adam with warm-up, cosine decay to zero,
         and clipped gradients.
@@ -138,9 +146,10 @@ def fit(
         >>> fit.losses.shape, fit.prior.sample(jax.random.key(2), (3,)).shape
         ((10,), (3, 2))
     """
-    _check_settings(diffusion, num_steps, batch_size, num_times, optimizer, objective, average)
+    _check_settings(diffusion, batch_size, num_times, optimizer, objective, average)
+    num_steps, total_steps = plan_steps(num_steps, total_steps, state)
     check_key(rng_key)
-    source = as_source(diffusion.space, data, context, batch_size, rng_key)
+    source = as_source(diffusion.space, data, context, batch_size, rng_key, 0 if state is None else int(state.step))
     settings = _Settings(optimizer, source.batch_size, num_times, average, objective)
     init_key, _ = jax.random.split(rng_key)
     if state is None:
@@ -152,8 +161,7 @@ def fit(
         if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
             raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
 
-    last_step = state.step + num_steps
-
+    state = state._replace(total=jnp.asarray(total_steps))
     losses: list[np.ndarray] = []
     with tqdm(total=num_steps, disable=not progress_bar, desc="fit", unit="update") as bar:
         done, updates = 0, 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
@@ -164,7 +172,7 @@ def fit(
                     warnings.warn(f"data ran out after {done} of {num_steps} updates", stacklevel=2)
                     break
                 started = time.perf_counter()
-                next_state, new = _run(diffusion, state, feed, jnp.asarray(updates), last_step, settings)
+                next_state, new = _run(diffusion, state, feed, jnp.asarray(updates), settings)
                 new_losses = np.asarray(new)[:updates]
                 seconds = time.perf_counter() - started
                 if not np.isfinite(new_losses).all():
@@ -181,6 +189,28 @@ def fit(
     return _result(diffusion, state, losses, settings, source)
 
 
+def plan_steps(num_steps: int | None, total_steps: int | None, state: FitState | None) -> tuple[int, int]:
+    """The updates of this call, and those of all calls.
+
+    :raises ValueError: naming the one that does not fit the other, or the state.
+    """
+    done, earlier = (0, 0) if state is None else (int(state.step), int(state.total))
+    if total_steps is None and num_steps is None:
+        total_steps = earlier if earlier > done else done + DEFAULT_UPDATES
+    if num_steps is not None:
+        num_steps = positive_int("num_steps", num_steps)
+    if total_steps is None:
+        assert num_steps is not None
+        total_steps = earlier if done + num_steps <= earlier else done + num_steps
+    total_steps = positive_int("total_steps", total_steps)
+    num_steps = total_steps - done if num_steps is None else num_steps
+    if done + num_steps > total_steps or num_steps < 1:
+        raise ValueError(
+            f"total_steps must be at least what is done with this call, {done + max(num_steps, 1)}; got {total_steps}"
+        )
+    return num_steps, total_steps
+
+
 class _Settings(NamedTuple):
     """The static part of training; one compilation for each."""
 
@@ -192,7 +222,7 @@ class _Settings(NamedTuple):
 
 
 def _check_settings(
-    diffusion: Any, num_steps: int, batch_size: int, num_times: int, optimizer: Any, objective: str, average: Any
+    diffusion: Any, batch_size: int, num_times: int, optimizer: Any, objective: str, average: Any
 ) -> None:
     import optax
 
@@ -200,7 +230,7 @@ def _check_settings(
         raise ValueError(f"objective must be 'bound' or 'mse'; got {objective!r}")
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
+    for name, value in (("batch_size", batch_size), ("num_times", num_times)):
         positive_int(name, value)
     is_numpyros = all(hasattr(optimizer, name) for name in ("init", "update", "get_params"))
     if not (optimizer is None or is_numpyros or isinstance(optimizer, optax.GradientTransformation)):
@@ -247,29 +277,29 @@ def _init(
     svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
     first = diffusion.last_step.first_network_step
     rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
-    state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
+    state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int), jnp.zeros((), int))
     return state, step_importance(diffusion.kernel, rates)
 
 
-@partial(jax.jit, static_argnums=5)
+@partial(jax.jit, static_argnums=4)
 def _run(
-    diffusion: Diffusion, state: FitState, feed: Feed, updates: Array, last_step: Array, settings: _Settings
+    diffusion: Diffusion, state: FitState, feed: Feed, updates: Array, settings: _Settings
 ) -> tuple[FitState, Array]:
     """``updates`` updates (a traced number, so that one compilation serves all) and their losses."""
     import optax
 
     def update(i: Array, carry: tuple[FitState, Array]) -> tuple[FitState, Array]:
-        (svi_state, average, step), losses = carry
+        (svi_state, average, step, total), losses = carry
         x, context, rng_key = feed.batch(svi_state.rng_key, i)
         svi_state = svi_state._replace(rng_key=rng_key)
-        svi = _with_constraints(_svi(diffusion, settings, len(x), last_step), x, context)
+        svi = _with_constraints(_svi(diffusion, settings, len(x), total), x, context)
         svi_state, loss = svi.update(
             svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
         )
         if settings.average is not None:
             rate = jnp.maximum(1 - settings.average, 10.0 / (10.0 + step))
             average = optax.incremental_update(svi.get_params(svi_state), average, rate)
-        return FitState(svi_state, average, step + 1), losses.at[i].set(loss)
+        return FitState(svi_state, average, step + 1, total), losses.at[i].set(loss)
 
     return jax.lax.fori_loop(0, updates, update, (state, jnp.zeros(MAX_UPDATES_PER_DISPATCH)))
 

@@ -43,9 +43,10 @@ class Source:
         raise NotImplementedError
 
 
-def as_source(space: DataSpace, data: Any, context: Any, batch_size: int, rng_key: Array) -> Source:
+def as_source(space: DataSpace, data: Any, context: Any, batch_size: int, rng_key: Array, skip: int = 0) -> Source:
     """The source that goes with the form of ``data``.
 
+    :param skip: updates that were done before.
     :raises TypeError, ValueError: naming ``data`` or ``context``.
     """
     if callable(data):
@@ -56,7 +57,7 @@ def as_source(space: DataSpace, data: Any, context: Any, batch_size: int, rng_ke
     if not isinstance(data, Iterable):
         raise TypeError(f"data must be an array, an iterable of batches or a function; got {type(data).__name__}")
     _refuse_context(context, "an iterable: let it yield")
-    return Batches(space, data)
+    return Batches(space, data, skip)
 
 
 # --- an array ----------------------------------------------------------------------------------------------------
@@ -101,10 +102,13 @@ class RowFeed(ArrayFeed):
 
 
 class Batches(Source):
-    """Batches, or pairs ``(x, context)``, over and over where they can be read again; stacked for each dispatch."""
+    """Batches, or pairs ``(x, context)``, over and over where they can be read again; stacked for each dispatch.
 
-    def __init__(self, space: DataSpace, data: Iterable[Any]) -> None:
-        batches = _checked_batches(space, data)
+    :param int skip: batches that were read before; of an iterator, which goes on where it is, none is skipped.
+    """
+
+    def __init__(self, space: DataSpace, data: Iterable[Any], skip: int = 0) -> None:
+        batches = _checked_batches(space, data, 0 if iter(data) is data else skip)
         first = next(batches, None)
         if first is None:
             raise ValueError("data must yield at least one batch; it yielded none")
@@ -114,19 +118,18 @@ class Batches(Source):
         self.example = _first_rows(first)
 
     def take(self, most: int) -> tuple[Feed | None, int]:
-        most = 2 ** (min(most, 64).bit_length() - 1)  # a power of two, so that few shapes are compiled
         stack: list[Any] = []
         for batch in self.batches:
             if stack and jax.tree.map(jnp.shape, batch) != jax.tree.map(jnp.shape, stack[0]):
                 self.batches = itertools.chain([batch], self.batches)
                 break
             stack.append(batch)
-            if len(stack) == most:
+            if len(stack) == min(most, _length_of_stacks(batch)):
                 break
         if not stack:
             return None, 0
-        length = 2 ** (len(stack) - 1).bit_length()  # a short stack is padded; the rest is not used
-        padded = stack + [stack[-1]] * (length - len(stack))
+        # a short stack is padded, and the rest not used: one program for all, so that pieces of a run equal the whole
+        padded = stack + [stack[-1]] * (_length_of_stacks(stack[0]) - len(stack))
         return StackFeed(*jax.tree.map(lambda *a: jnp.stack(a), *padded)), len(stack)
 
 
@@ -138,10 +141,19 @@ class StackFeed(ArrayFeed):
         return x, context, rng_key
 
 
-def _checked_batches(space: DataSpace, data: Iterable[Any]) -> Iterator[tuple[Array, Any]]:
+def _length_of_stacks(batch: Any) -> int:
+    """Batches to a dispatch: at most 64, of at most 64 MiB."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    return int(np.clip(2**26 // max(size, 1), 1, 64))
+
+
+def _checked_batches(space: DataSpace, data: Iterable[Any], skip: int) -> Iterator[tuple[Array, Any]]:
     while True:
         count = 0
         for count, batch in enumerate(data, 1):
+            if skip:
+                skip -= 1
+                continue
             yield _check_pair(space, *_pair(batch), f"data: batch {count}", "batch")
         if iter(data) is data:
             return
