@@ -25,7 +25,7 @@ def small(**settings):
 
 
 def fit(data=DATA, diffusion=None, num_steps=30, **settings):
-    settings = {"progress_bar": False, "batch_size": 32, **settings}
+    settings = {"progress_bar": False, "batch_size": 32, "val_prop": 0.0, **settings}
     return ppd.fit(
         jax.random.key(1), small() if diffusion is None else diffusion, data, num_steps=num_steps, **settings
     )
