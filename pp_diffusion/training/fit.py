@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from pp_diffusion.checks import check_key, positive_int
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.training.checkpoints import Checkpoints
+from pp_diffusion.training.files import read_fit, write_fit
 from pp_diffusion.training.forms import as_held_out, as_source
 from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, identity_of
 from pp_diffusion.training.sharding import as_layout
@@ -52,10 +54,32 @@ class FitResult:
             raise ValueError("context is needed: it was trained with one; use diffusion.prior(fit.params, context=...)")
         return self.diffusion.prior(self.params)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to one file, for :func:`load_fit`: also one that was trained with a context, of which none need be
+        chosen.
+
+        :param path: the file; an existing one is replaced once the new one is complete.
+        :raises TypeError: for parts that the file cannot describe; see :func:`save`.
+        """
+        notes = {"needs_context": self.needs_context, "objective": self.objective}
+        write_fit(path, self.diffusion, self.params, self.state, self.losses, self.validation, notes)
+
     @property
     def num_skipped(self) -> int:
         """How many updates were left out because they were not finite."""
         return int(np.isnan(self.losses).sum())
+
+
+def load_fit(path: str | os.PathLike[str], network: Any = None) -> FitResult:
+    """Reads a file that :meth:`FitResult.save` wrote.
+
+    :param path: the file.
+    :param network: the network, where it was not a stock one.
+    :return: the result; its ``.state`` goes on with the optimizer that it was trained with.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if the file is damaged or foreign, or needs ``network``.
+    """
+    return FitResult(**read_fit(path, network))
 
 
 class NonFiniteLossError(FloatingPointError):
