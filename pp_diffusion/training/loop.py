@@ -158,7 +158,7 @@ class Run:
     def params(self) -> Any:
         """Those that the held-out rows liked best; else the current ones."""
         best = self.state.best
-        return self.current if best is None or best.value == -jnp.inf else best.params
+        return self.current if best is None or float(best.value) == -np.inf else best.params
 
     def train(
         self,
@@ -173,8 +173,8 @@ class Run:
 
         :raises NonFiniteUpdates: where more than ``max_skipped`` were not finite.
         """
-        self.state = self.settings.layout.whole(self.state._replace(total=jnp.asarray(total)))
-        begun = self.step
+        layout, begun = self.settings.layout, self.step
+        self.state = self.state._replace(total=layout.whole(jnp.asarray(total)))
         bar = tqdm(total=end, initial=begun, disable=not progress_bar, desc="fit", unit="update")
         with bar, terminations(checkpoints is not None) as ended:
             updates = 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
@@ -182,7 +182,8 @@ class Run:
             if self._is_over() and begun < end:
                 warnings.warn("held-out rows had no more to gain: training has ended before", stacklevel=3)
             try:
-                while self.step < end and not ended and not self._is_over():
+                is_ended = 0
+                while self.step < end and not is_ended and not self._is_over():
                     updates, seconds = self._dispatch(min(updates, self._until_next(end)), max_skipped)
                     if not updates:
                         done = self.step - begun
@@ -192,11 +193,13 @@ class Run:
                     self._report(bar, updates)
                     if callback is not None:
                         callback(self.step, self.state)
-                    if checkpoints is not None and checkpoints.is_due():
-                        saved = self._save(checkpoints)
                     if self.step > begun + 1:  # not while compiling
                         updates = int(np.clip(updates * SECONDS_PER_DISPATCH / max(seconds, 1e-9), 1, 4 * updates + 8))
                     updates = min(max(updates, 8), MAX_UPDATES_PER_DISPATCH)
+                    due = int(checkpoints is not None and checkpoints.is_due())
+                    updates, is_ended, due = layout.agree(updates, len(ended), due)
+                    if checkpoints is not None and due:
+                        saved = self._save(checkpoints)
             except KeyboardInterrupt:
                 done = self.step - begun
                 warnings.warn(
@@ -237,7 +240,7 @@ class Run:
 
     def _save(self, checkpoints: Checkpoints) -> int:
         """Writes one, and says at which update."""
-        leaves = leaves_of(self.state).leaves
+        leaves = jax.jit(leaves_of)(self.state).leaves
         arrays = {f"state.{i:05}": np.asarray(leaf) for i, leaf in enumerate(leaves)} | {"losses": self.all_losses}
         if self.held_out is not None:
             arrays |= {f"held_out.{name}": a for name, a in self.held_out.as_arrays().items()}

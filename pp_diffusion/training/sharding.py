@@ -62,6 +62,12 @@ class Layout(NamedTuple):
 
         return jax.tree.map(lambda a: np.asarray(process_allgather(np.asarray(a), tiled=True)), tree)
 
+    def agree(self, *numbers: int) -> tuple[int, ...]:
+        """The largest that any process has of each: all then do the same."""
+        if self.hosts == 1:
+            return numbers
+        return tuple(map(int, self.gather(np.array([numbers])).max(0)))
+
     def _sharding(self, axis: int) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, ROWS))

@@ -243,7 +243,8 @@ def warn_of_ties(space: DataSpace, data: np.ndarray) -> None:
         warnings.warn(
             f"data are taken for continuous, but values occur again and again in {name_columns(ties, shares)}: a "
             "density grows without bound on such values, and K is not comparable. Add noise of the values' step "
-            "(dequantisation), or use a BinomialKernel for bits and last_step='discretized' for integers",
+            "(dequantisation): step * ppd.datasets.dequantize(rng_key, x / step); or use a BinomialKernel for bits and "
+            "last_step='discretized' for integers; a value that is a case of its own is for a mixture to say",
             stacklevel=5,
         )
 

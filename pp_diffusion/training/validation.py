@@ -81,6 +81,7 @@ class HeldOut:
         calls = max(FEWEST_CALLS, int(SHARE_OF_CALLS * self.every * calls_per_update))
         x, context = jax.tree.map(lambda a: np.asarray(a)[: -(-calls // layout.hosts)], rows)
         self.rows = layout.gather((x, context))
+        self.on_device = layout.whole(jax.tree.map(jnp.asarray, self.rows))
         self.num_times = max(1, calls // len(self.rows[0]))
         self.chunk = -(-min(calls_per_update, self.num_times * len(self.rows[0])) // layout.shards) * layout.shards
         self.history: list[Judged] = []
@@ -110,13 +111,19 @@ class HeldOut:
         """
         assert state.best is not None
         recent = losses[-(int(state.step) - (self.steps[-1] if self.steps else 0)) :]
-        judged = evaluate(
-            diffusion, params, *self.layout.whole(self.rows), self.objective, self.num_times, self.chunk, self.layout
+        judged: Judged = jax.tree.map(
+            np.asarray,
+            evaluate(diffusion, params, *self.on_device, self.objective, self.num_times, self.chunk, self.layout),
         )
         self.steps.append(int(state.step))
-        self.history.append(jax.tree.map(np.asarray, judged))
+        self.history.append(judged)
         self.train.append(-float(np.nanmean(recent)) if len(recent) else math.nan)
-        return state._replace(best=_better(state.best, params, judged.rows.mean(), state.step))
+        best = state.best
+        if (value := judged.rows.mean()) > float(best.value):
+            found = self.layout.whole((jnp.asarray(value, best.value.dtype), jnp.zeros((), int)))
+            return state._replace(best=Best(params, found[0], state.step, found[1]))
+        stale = jnp.asarray(int(best.stale) + 1)
+        return state._replace(best=best._replace(stale=self.layout.whole(stale)))
 
     def is_over(self, state: FitState) -> bool:
         """Whether so many evaluations came without a gain that no more is to be had."""
@@ -157,12 +164,6 @@ class HeldOut:
                 "highest are returned",
                 stacklevel=3,
             )
-
-
-def _better(best: Best, params: Any, value: Array, step: Array) -> Best:
-    if not value > best.value:
-        return best._replace(stale=best.stale + 1)
-    return Best(params, value.astype(best.value.dtype), step, jnp.zeros_like(best.stale))
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6, 7))
