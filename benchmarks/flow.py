@@ -95,6 +95,7 @@ def train_ours(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     source = fresh_points if fresh else data.train
     fit = partial(ppd.fit, jax.random.key(1), program, source, batch_size=BATCH, num_times=2, optimizer=optimizer)
+    fit = partial(fit, val_prop=0.0)
     compiling = seconds(lambda: fit(num_steps=1, progress_bar=False).state)
     results: list[ppd.FitResult] = []
     training = seconds(lambda: results.append(fit(num_steps=updates, progress_bar=False)))

@@ -41,6 +41,7 @@ def compare(
     program, constants = diffusion(num_timesteps, train), chain(num_timesteps)
     optimizer, points = optax.adam(1e-3), program.to_model_space(train)
     fit = partial(ppd.fit, jax.random.key(1), program, train, batch_size=BATCH, optimizer=optimizer, progress_bar=False)
+    fit = partial(fit, val_prop=0.0)  # the same updates, and no more
     svi = SVI(naive_numpyro.model, naive_numpyro.guide, optimizer, Trace_ELBO())
     state = svi.init(jax.random.key(2), constants, points[:1])
 

@@ -39,7 +39,14 @@ def rows(small: bool) -> list[Row]:
     program = diffusion(num_timesteps, data.train)
     updates = 20 if small else 3_000
     fit = ppd.fit(
-        jax.random.key(1), program, data.train, num_steps=updates, batch_size=BATCH, num_times=2, progress_bar=False
+        jax.random.key(1),
+        program,
+        data.train,
+        num_steps=updates,
+        batch_size=BATCH,
+        num_times=2,
+        val_prop=0.0,
+        progress_bar=False,
     )
     test = data.test[:2_000]
 

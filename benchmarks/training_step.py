@@ -89,6 +89,7 @@ def _fit(
         batch_size=BATCH,
         optimizer=optimizer,
         num_times=num_times,
+        val_prop=0.0,
         progress_bar=False,
     )
 

@@ -61,7 +61,7 @@ def train(row: Row, data: Any, num_steps: int | None = None, *, progress: bool =
     """The fit of a row, and its seconds without compiling."""
     diffusion = ppd.Diffusion(script.kernel, script.schedule, row.network, last_step=row.last_step)
     num_steps = num_steps or row.num_steps
-    fit = partial(ppd.fit, jax.random.key(1), diffusion, data.train, num_times=row.num_times)
+    fit = partial(ppd.fit, jax.random.key(1), diffusion, data.train, num_times=row.num_times, val_prop=0.0)
     rule = optimizer(row, num_steps)
     fit(num_steps=1, optimizer=rule, progress_bar=False)  # compiles
     started = time.perf_counter()

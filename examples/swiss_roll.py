@@ -74,7 +74,7 @@ def train(row: Row, data: Any, num_steps: int | None = None, *, progress: bool =
     transform = row.transform(data.train)
     diffusion = ppd.Diffusion(KERNEL, row.schedule, row.network, transform=transform, last_step=row.last_step)
     source = fresh_points if row.fresh else data.train
-    fit = partial(ppd.fit, jax.random.key(1), diffusion, source, num_times=row.num_times)
+    fit = partial(ppd.fit, jax.random.key(1), diffusion, source, num_times=row.num_times, val_prop=0.0)
     fit(num_steps=1, progress_bar=False)  # compiles
     started = time.perf_counter()
     result = fit(num_steps=num_steps or row.num_steps, progress_bar=progress)

@@ -42,6 +42,8 @@ from pp_diffusion.schedules import Schedule as Schedule
 from pp_diffusion.training.fit import FitResult as FitResult
 from pp_diffusion.training.fit import NonFiniteLossError as NonFiniteLossError
 from pp_diffusion.training.fit import fit as fit
+from pp_diffusion.training.fit import load_fit as load_fit
+from pp_diffusion.training.validation import Validation as Validation
 from pp_diffusion.trajectories import ForwardTrajectory as ForwardTrajectory
 from pp_diffusion.trajectories import PosteriorTrajectory as PosteriorTrajectory
 from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory

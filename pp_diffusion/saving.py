@@ -55,7 +55,7 @@ def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {m.__name__: m.__version__ for m in (jax, numpyro, np)} | {"pp_diffusion": __version__},
+        "versions": versions(),
         "diffusion": {
             "parameterization": process.parameterization,
             "last_step": process.last_step.name,
@@ -65,12 +65,12 @@ def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
             "transform": _pack_transform(prior.transform, "transform", arrays),
             "network": _pack_network(process.network.module),
         },
-        "params": _pack_tree(process.params, "params", arrays),
-        "context": _pack_tree(process.context, "context", arrays),
+        "params": pack_tree(process.params, "params", arrays),
+        "context": pack_tree(process.context, "context", arrays),
         "context_batch_ndim": process.context_batch_ndim,
         "log_prob": None if prior.log_prob_rule is None else _pack_part(prior.log_prob_rule, "log_prob", arrays),
     }
-    _write_whole(Path(path), header, arrays)
+    write_whole(Path(path), header, arrays)
 
 
 def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if the file is damaged or foreign, or needs ``network``.
     """
-    header, arrays = _read(Path(path))
+    header, arrays = read_whole(Path(path))
     try:
         return _unpack(header, arrays, network)
     except ValueError:
@@ -96,23 +96,12 @@ def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any)
     kernel, transform = _unpack_part(parts["kernel"], arrays), _unpack_transform(parts["transform"], arrays)
     if not isinstance(kernel, Kernel):
         raise TypeError("kernel is not what it should be")
-    params, context = (_unpack_tree(header[name], arrays) for name in ("params", "context"))
+    params, context = (unpack_tree(header[name], arrays) for name in ("params", "context"))
     rule = None if header["log_prob"] is None else _unpack_part(header["log_prob"], arrays)
     network = _unpack_network(parts["network"], network)
     last_step = LAST_STEPS[parts["last_step"]](**parts.get("last_step_settings", {}))
     if header["format_version"] == 1:
-        schedule = _unpack_part(parts["schedule"], arrays)
-        if not isinstance(schedule, Schedule):
-            raise TypeError("schedule is not what it should be")
-        diffusion = Diffusion(
-            kernel,
-            schedule,
-            network,
-            parameterization=parts["parameterization"],
-            last_step=last_step,
-            transform=transform,
-            name=parts["name"],
-        )
+        diffusion = unpack_diffusion(parts, arrays, network)
         return diffusion.prior(
             params,
             context=context,
@@ -133,6 +122,44 @@ def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any)
         context_batch_ndim=header["context_batch_ndim"],
     )
     return DiffusionPrior(process, transform, log_prob=rule)
+
+
+def pack_diffusion(diffusion: Diffusion, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A diffusion's parts for a header; their arrays join ``arrays``.
+
+    :raises TypeError: for a part of the user's own, but for a network, which is noted by name.
+    """
+    return {
+        "name": diffusion.name,
+        "parameterization": diffusion.parameterization,
+        "last_step": diffusion.last_step.name,
+        "last_step_settings": _settings_of(diffusion.last_step),
+        "kernel": _pack_part(diffusion.kernel, "kernel", arrays),
+        "schedule": _pack_part(diffusion.schedule, "schedule", arrays),
+        "transform": _pack_transform(diffusion.transform, "transform", arrays),
+        "network": _pack_network(diffusion.network.module),
+    }
+
+
+def unpack_diffusion(parts: dict[str, Any], arrays: dict[str, np.ndarray], network: Any = None) -> Diffusion:
+    """What :func:`pack_diffusion` packed."""
+    kernel, schedule = (_unpack_part(parts[part], arrays) for part in ("kernel", "schedule"))
+    if not isinstance(kernel, Kernel) or not isinstance(schedule, Schedule):
+        raise TypeError("kernel or schedule is not what it should be")
+    return Diffusion(
+        kernel,
+        schedule,
+        _unpack_network(parts["network"], network),
+        parameterization=parts["parameterization"],
+        last_step=LAST_STEPS[parts["last_step"]](**parts.get("last_step_settings", {})),
+        transform=_unpack_transform(parts["transform"], arrays),
+        name=parts["name"],
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what a file was written with."""
+    return {m.__name__: m.__version__ for m in (jax, numpyro, np)} | {"pp_diffusion": __version__}
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -249,7 +276,7 @@ def _unpack_network(described: dict[str, Any], network: Any) -> Any:
     return STOCK_NETWORKS[described["type"]](**fields)
 
 
-def _pack_tree(tree: Any, name: str, arrays: dict[str, np.ndarray]) -> list[_Leaf] | None:
+def pack_tree(tree: Any, name: str, arrays: dict[str, np.ndarray]) -> list[_Leaf] | None:
     if tree is None:
         return None
     leaves = []
@@ -261,7 +288,7 @@ def _pack_tree(tree: Any, name: str, arrays: dict[str, np.ndarray]) -> list[_Lea
     return leaves
 
 
-def _unpack_tree(leaves: list[Any] | None, arrays: dict[str, np.ndarray]) -> Any:
+def unpack_tree(leaves: list[Any] | None, arrays: dict[str, np.ndarray]) -> Any:
     if leaves is None:
         return None
     tree: dict[Any, Any] = {}
@@ -285,7 +312,7 @@ def _put(member: str, value: Any, arrays: dict[str, np.ndarray]) -> None:
     arrays[member] = np.asarray(value)
 
 
-def _write_whole(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def write_whole(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Beside the target first, then in its place: a crash leaves the old file or none, never half of one."""
     path = path.resolve()  # where a link leads, so that it stays one
     if path.is_dir():
@@ -318,22 +345,24 @@ def _mode_of(path: Path) -> int:
     return 0o666 & ~umask
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_whole(
+    path: Path, form: str = FORMAT, version: int = FORMAT_VERSION, writer: str = "ppd.save"
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays of a file of this format, of this version or an earlier one.
+
+    :raises ValueError: if the file is damaged, or not one that ``writer`` wrote.
+    """
     content = io.BytesIO(path.read_bytes())
     try:
         with zipfile.ZipFile(content) as archive:
             header = json.loads(archive.read("header.json"))
-            if (
-                isinstance(header, dict)
-                and header.get("format") == FORMAT
-                and header["format_version"] > FORMAT_VERSION
-            ):
+            if isinstance(header, dict) and header.get("format") == form and header["format_version"] > version:
                 raise _OtherFormatError(
                     f"{path} was written by pp_diffusion {header['versions']['pp_diffusion']} in format "
-                    f"{header['format_version']}; this version reads up to {FORMAT_VERSION}"
+                    f"{header['format_version']}; this version reads up to {version}"
                 )
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise _OtherFormatError(f"{path} is no file of ppd.save: its header has another format")
+            if not isinstance(header, dict) or header.get("format") != form:
+                raise _OtherFormatError(f"{path} is no file of {writer}: its header has another format")
             arrays = {}
             for member, (dtype, shape) in header["arrays"].items():
                 raw = np.lib.format.read_array(io.BytesIO(archive.read(f"{member}.npy")), allow_pickle=False)
@@ -341,7 +370,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except _OtherFormatError:
         raise
     except Exception as error:  # any bytes may be there, and zip, JSON and NumPy each have their complaints
-        raise ValueError(f"{path} is damaged or no file of ppd.save: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is damaged or no file of {writer}: {type(error).__name__}: {error}") from error
     return header, arrays
 
 

@@ -41,6 +41,8 @@ def test_ties():
         (np.float32(NORMAL), [False, False]),
         (NORMAL.round(3), [False, False]),  # rounded beyond what a step resolves
         (NORMAL.round(1), [True, True]),
+        (np.exp(NORMAL).round(2), [False, False]),  # as ordinary tables are
+        (5 * np.round(60 * np.exp(NORMAL)), [False, False]),
         (NORMAL > 0, [True, True]),
         (zeros, [True, False]),
         (few, [False, True]),

@@ -15,6 +15,8 @@ from numpyro.infer import SVI, Trace_ELBO
 
 import pp_diffusion as ppd
 from pp_diffusion import Diffusion, FixedSchedule, GaussianKernel
+from pp_diffusion.training.sharding import Layout
+from pp_diffusion.training.update import InParts
 from tests.compilations import compilations
 
 DATA = jax.random.normal(jax.random.key(0), (300, 2)) @ jnp.array([[1.0, 0.5], [0.0, 0.8]])
@@ -25,7 +27,7 @@ def small(**settings):
 
 
 def fit(data=DATA, diffusion=None, num_steps=30, **settings):
-    settings = {"progress_bar": False, "batch_size": 32, **settings}
+    settings = {"progress_bar": False, "batch_size": 32, "val_prop": 0.0, **settings}
     return ppd.fit(
         jax.random.key(1), small() if diffusion is None else diffusion, data, num_steps=num_steps, **settings
     )
@@ -42,14 +44,33 @@ def test_it_learns_and_the_figure_is_that_of_the_returned_parameters():
     assert exact - 0.25 < bound < exact + 0.15
 
 
-def test_same_key_same_result_and_pieces_join():
-    whole = fit(num_steps=24, optimizer=optax.adam(1e-3))
-    again = fit(num_steps=24, optimizer=optax.adam(1e-3))
-    np.testing.assert_array_equal(whole.losses, again.losses)
-    first = fit(num_steps=10, optimizer=optax.adam(1e-3))
-    second = fit(num_steps=14, optimizer=optax.adam(1e-3), state=first.state)
-    np.testing.assert_allclose(np.concatenate([first.losses, second.losses]), whole.losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), second.params, whole.params)
+@pytest.mark.parametrize(
+    "data", [DATA, [np.asarray(DATA[i : i + 32]) for i in range(0, 96, 32)]], ids=["array", "batches"]
+)
+def test_pieces_of_one_total_are_the_whole_bit_for_bit(data):
+    """Rate, random numbers and the place in the data go on where the last piece ended, wherever that was."""
+    whole, state, losses = fit(data, num_steps=24), None, []
+    for num_steps in (1, 9, 14):
+        piece = fit(data, num_steps=num_steps, total_steps=24, state=state)
+        state = piece.state
+        losses.append(piece.losses)
+    np.testing.assert_array_equal(np.concatenate(losses), whole.losses)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (piece.params, piece.state.svi.optim_state),
+        (whole.params, whole.state.svi.optim_state),
+    )
+
+
+def test_totals_that_do_not_fit_are_named():
+    first = fit(num_steps=10, total_steps=24)
+    assert len(fit(num_steps=None, state=first.state).losses) == 14  # what is left of the total
+    for settings, least in (
+        ({"num_steps": 30, "total_steps": 20}, 30),
+        ({"state": first.state, "total_steps": 10, "num_steps": None}, 11),
+    ):
+        with pytest.raises(ValueError, match=f"total_steps must be at least what is done with this call, {least}"):
+            fit(**settings)
 
 
 def test_it_is_svi_on_the_bound_pair():
@@ -202,6 +223,57 @@ def test_non_finite_loss_is_an_error_that_keeps_what_was_trained():
     assert 1 <= len(result.losses) <= 102
     assert np.isfinite(result.losses).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted():
+    """By choice: the parameters are those that the finite ones made, and more than were allowed are an error."""
+    times = []
+
+    def draw(key):  # now and then a batch whose loss overflows
+        x = jax.random.normal(key, (32, 2))
+        return jnp.where(jax.random.uniform(jax.random.fold_in(key, 1)) < 0.1, 1e30, 1.0) * x
+
+    settings = {"optimizer": optax.adam(1e-3), "num_steps": 60, "callback": lambda step, state: times.append(step)}
+    with pytest.raises(ppd.NonFiniteLossError, match="at update"):
+        fit(draw, **settings)
+    result = fit(draw, max_skipped=30, **settings)
+    assert len(result.losses) == 60 and 1 <= result.num_skipped == np.isnan(result.losses).sum() <= 15
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+    assert times[-1] == 60 and times == sorted(times)  # between dispatches, to the end
+    with pytest.raises(ppd.NonFiniteLossError, match=r"more than the 1 that may be left out") as caught:
+        fit(draw, max_skipped=1, **settings)
+    assert caught.value.result is None or caught.value.result.num_skipped <= 1
+
+
+def test_batches_in_parts_have_the_gradient_of_their_mean():
+    """Loss and gradient are the means over the parts, each with a key of its own."""
+    diffusion = small()
+    params, x = diffusion.init_params(jax.random.key(0)), DATA[:60]
+    programs = handlers.scale(diffusion.bound_model, scale=1 / 20), diffusion.bound_guide
+
+    def whole(params):
+        keys = jax.random.split(jax.random.key(3), 3)
+        return sum(Trace_ELBO().loss(keys[i], params, *programs, x[i::3]) for i in range(3)) / 3
+
+    def in_parts(params):
+        return InParts(3, Layout()).loss(jax.random.key(3), params, *programs, x, context=None)
+
+    (a, b), (slope_a, slope_b) = zip(*(jax.value_and_grad(f)(params) for f in (whole, in_parts)), strict=True)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slope_a, slope_b)
+    assert len(fit(num_steps=2, accumulate=3, batch_size=60).losses) == 2
+    with pytest.raises(ValueError, match="accumulate must divide a batch of 60 rows evenly; it makes 7 parts"):
+        fit(num_steps=1, accumulate=7, batch_size=60)
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    mesh = jax.make_mesh((1,), ("data",))
+    settings = {"num_steps": 20, "val_prop": 0.2}
+    one, spread = fit(**settings), fit(mesh=mesh, **settings)
+    np.testing.assert_allclose(spread.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(spread.validation.values, one.validation.values, rtol=1e-5)
+    with pytest.raises(ValueError, match="mesh must have an axis named 'data'"):
+        fit(num_steps=1, mesh=jax.make_mesh((1,), ("model",)))
 
 
 def test_far_scales_warn_with_the_columns():

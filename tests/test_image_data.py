@@ -218,7 +218,7 @@ def test_arrays_of_a_partial_are_arguments_of_the_program():
     @jax.jit
     def run(feed, key):
         traced.append(1)
-        return feed.batch(key, jnp.zeros((), int))[0]
+        return feed.batch(key, jnp.zeros((), int), jnp.ones(()))[0]
 
     key = jax.random.key(0)
     first, second = (run(DrawFeed(Partial(draw, images=a)), key) for a in (images, images + 1))

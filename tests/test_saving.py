@@ -233,3 +233,35 @@ def test_a_kernel_of_ones_own_with_an_entry(tmp_path):
     prior = trained(ppd.Diffusion(Own((2,)), ppd.FixedSchedule.constant_erasure(3), ppd.networks.MLP((4,))))
     ppd.save(tmp_path / "a.ppd", prior)
     assert ppd.load(tmp_path / "a.ppd") == prior
+
+
+# --- what training came to ---------------------------------------------------------------------------------------
+
+
+def test_a_conditional_fit_is_saved_without_a_context(tmp_path):
+    """Parameters, history and the state to go on from; and none but the like is read."""
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(40, 2)), rng.normal(size=(40, 1))
+    schedule = ppd.LearnedSchedule(4, 0.01)
+    diffusion = ppd.Diffusion(
+        ppd.GaussianKernel((2,)), schedule, ppd.networks.MLP((3,)), transform=ppd.standardize(x), name="own"
+    )
+    settings = {"context": context, "progress_bar": False, "total_steps": 8}
+    first = ppd.fit(jax.random.key(0), diffusion, x, num_steps=5, **settings)
+    first.save(tmp_path / "a.fit")
+    again = ppd.load_fit(tmp_path / "a.fit")
+    assert again.diffusion == diffusion and again.needs_context and again.objective == "bound"
+    on, from_file = (ppd.fit(jax.random.key(0), f.diffusion, x, state=f.state, **settings) for f in (first, again))
+    np.testing.assert_array_equal(on.losses, from_file.losses)
+    np.testing.assert_array_equal(on.validation.values, from_file.validation.values)
+    jax.tree.map(np.testing.assert_array_equal, on.params, from_file.params)
+    ppd.save(tmp_path / "a.ppd", diffusion.prior(first.params, context=context[:1]))
+    with pytest.raises(ValueError, match=r"is no file of fit\.save"):
+        ppd.load_fit(tmp_path / "a.ppd")
+    with pytest.raises(ValueError, match=r"is no file of ppd\.save"):
+        ppd.load(tmp_path / "a.fit")
+    content = (tmp_path / "a.fit").read_bytes()
+    for place in (len(content) // 3, 2 * len(content) // 3):
+        (tmp_path / "b.fit").write_bytes(content[:place])
+        with pytest.raises(ValueError, match="is damaged or no file"):
+            ppd.load_fit(tmp_path / "b.fit")

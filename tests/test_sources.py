@@ -9,7 +9,9 @@ import numpyro
 import pytest
 
 import pp_diffusion as ppd
-from pp_diffusion.training.sources import Batches, Rows, Simulated, as_source
+from pp_diffusion.training.arrays import OnDisk, Rows, stratified_rows
+from pp_diffusion.training.forms import as_source
+from pp_diffusion.training.sources import Batches, Simulated
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(60, 2))
@@ -21,7 +23,9 @@ def source(data, context=None, batch_size=8, diffusion=DIFFUSION):
 
 
 def fit(data, diffusion=DIFFUSION, **settings):
-    return ppd.fit(KEY, diffusion, data, **{"num_steps": 1, "batch_size": 8, "progress_bar": False, **settings})
+    return ppd.fit(
+        KEY, diffusion, data, **{"num_steps": 1, "batch_size": 8, "val_prop": 0.0, "progress_bar": False, **settings}
+    )
 
 
 # --- forms -------------------------------------------------------------------------------------------------------
@@ -31,31 +35,95 @@ def test_an_array():
     rows = source(X, np.ones((60, 1)))
     assert isinstance(rows, Rows) and rows.batch_size == 8
     assert isinstance(source(X.tolist()), Rows) and source(X, batch_size=500).batch_size == 60
-    feed, updates = rows.take(7)
-    x, context, key = feed.batch(KEY, 3)
-    assert updates == 7 and x.shape == (60, 2) and context.shape == (60, 1) and key is KEY
+    feed, updates = rows.take(7, 0)
+    x, context, _ = feed.batch(KEY, 3, 1.0)
+    assert updates == 7 and x.shape == (8, 2) and context.shape == (8, 1)
     assert rows.example[0].shape == (1, 2) and rows.example[1].shape == (1, 1)
+    whole, _, key = as_source(DIFFUSION.space, X, None, 60, KEY, noise=0.0).take(1, 0)[0].batch(KEY, 0, 1.0)
+    np.testing.assert_allclose(whole, X, rtol=1e-6)  # all rows: nothing is drawn
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(KEY))
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(10, 8), (96, 8), (1000, 512)])
+def test_each_row_is_drawn_as_often_as_any_other(num_rows, batch_size):
+    """One of each stratum, strata that cut through rows too: counts over many batches, |z| < 5."""
+    repeats = 4000
+    rows = jax.vmap(lambda key: stratified_rows(key, num_rows, batch_size))(jax.random.split(KEY, repeats))
+    edges = np.arange(batch_size + 1) * num_rows / batch_size
+    assert (rows >= np.floor(edges[:-1])).all() and (rows <= np.ceil(edges[1:]) - 1).all()
+    counts, share = np.bincount(np.ravel(rows), minlength=num_rows), batch_size / num_rows
+    assert len(counts) == num_rows
+    assert (abs(counts - share * repeats) < 5 * np.sqrt(repeats * share)).all()
+
+
+def test_a_file_is_read_as_it_is_drawn_from(tmp_path):
+    """The rows that are held out are never drawn, the others are, and what an update gets goes by its number."""
+    data = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", shape=(200, 2))
+    data[:] = np.stack([np.arange(200), np.random.default_rng(0).normal(size=200)], 1)
+    unit = ppd.Diffusion(
+        ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)), transform=ppd.standardize(data)
+    )
+    rows = as_source(unit.space, data, np.arange(200.0)[:, None], 8, KEY, val_prop=0.1)
+    assert isinstance(rows, OnDisk) and len(rows.held_out[0]) == 20
+    drawn = [rows.take(64, step)[0] for step in range(0, 640, 64)]
+    seen = {int(i) for feed in drawn for i in np.ravel(feed.x[..., 0])}
+    assert seen == set(range(200)) - {int(i) for i in rows.held_out[0][:, 0]}
+    np.testing.assert_array_equal(drawn[0].x[..., 0], drawn[0].context[..., 0])
+    np.testing.assert_array_equal(drawn[1].x[0], rows.take(1, 64)[0].x[0])
 
 
 def test_batches_are_stacked():
     batches = source([X[:8], X[8:16], X[16:20]])
-    assert isinstance(batches, Batches) and batches.batch_size is None
-    feed, updates = batches.take(5)
+    assert isinstance(batches, Batches) and batches.batch_size == 8
+    feed, updates = batches.take(5, 0)
     assert updates == 2  # the third has another shape
-    np.testing.assert_allclose(feed.batch(KEY, 1)[0], X[8:16], rtol=1e-6)
-    feed, updates = batches.take(5)
-    assert updates == 1 and feed.batch(KEY, 0)[0].shape == (4, 2)
-    assert batches.take(1)[1] == 1  # from the start again
+    np.testing.assert_allclose(feed.batch(KEY, 1, 1.0)[0], X[8:16], rtol=1e-6)
+    feed, updates = batches.take(5, 2)
+    assert updates == 1 and feed.batch(KEY, 0, 1.0)[0].shape == (4, 2)
+    assert batches.take(1, 3)[1] == 1  # from the start again
     once = source(iter([(X[:8], np.ones((8, 1)))]))
-    assert once.take(4)[1] == 1 and once.take(4) == (None, 0)
+    assert once.take(4, 0)[1] == 1 and once.take(4, 1) == (None, 0)
+
+
+class Positions:
+    """Batches whose iterator knows where it is, as grain's do."""
+
+    def __init__(self):
+        self.at = -1
+
+    def __iter__(self):
+        return type(self)()
+
+    def __next__(self):
+        self.at += 1
+        return X[8 * (self.at % 7) :][:8]
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("make", [Positions, lambda: [X[8 * i :][:8] for i in range(7)]])
+def test_batches_go_on_where_they_were(make):
+    """By the iterator's own state where it has one, else by reading as many again."""
+    whole, again = source(make()), source(make())
+    for step in range(0, 10, 2):
+        whole.take(2, step)
+    position = whole.position()
+    assert (position is None) == isinstance(make(), list)
+    if not again.seek(position):
+        again.skip(10, anew=True)
+    np.testing.assert_array_equal(again.take(1, 10)[0].x[0], whole.take(1, 10)[0].x[0])
 
 
 def test_a_function_is_drawn_from_with_a_key_of_its_own():
     drawn = source(lambda key: (jax.random.normal(key, (5, 2)), jnp.ones((5, 1))))
     assert isinstance(drawn, Simulated)
-    feed, updates = drawn.take(3)
-    x, context, key = feed.batch(KEY, 0)
-    again, _, _ = feed.batch(key, 0)
+    feed, updates = drawn.take(3, 0)
+    x, context, key = feed.batch(KEY, 0, 1.0)
+    again, _, _ = feed.batch(key, 0, 1.0)
     assert updates == 3 and context.shape == (5, 1) and not np.array_equal(x, again)
 
 
@@ -125,11 +193,15 @@ def test_values_that_repeat_by_right_are_not():
 def test_going_on_with_a_key_of_another_make():
     start = fit(X)
     for key in (jax.random.PRNGKey(5), jax.random.key(5)):
-        again = ppd.fit(key, DIFFUSION, X, num_steps=2, batch_size=8, state=start.state, progress_bar=False)
+        again = ppd.fit(
+            key, DIFFUSION, X, num_steps=2, batch_size=8, state=start.state, val_prop=0.0, progress_bar=False
+        )
         assert int(again.state.step) == 3
     np.testing.assert_array_equal(
         again.losses,
-        ppd.fit(KEY, DIFFUSION, X, num_steps=2, batch_size=8, state=start.state, progress_bar=False).losses,
+        ppd.fit(
+            KEY, DIFFUSION, X, num_steps=2, batch_size=8, state=start.state, val_prop=0.0, progress_bar=False
+        ).losses,
     )
 
 

@@ -1,48 +1,29 @@
-"""Training: SVI on the bound pair, many updates per dispatch."""
+"""Training: SVI on the bound pair, many updates per dispatch, judged by rows that are held out."""
 
 from __future__ import annotations
 
-import time
-import warnings
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.svi import SVIState
-from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int
 from pp_diffusion.diffusion import Diffusion
-from pp_diffusion.objectives import check_importance, check_squared_errors, step_importance
 from pp_diffusion.prior import DiffusionPrior
-from pp_diffusion.training.sources import Feed, Source, as_source
-from pp_diffusion.units import nats_to_bits
+from pp_diffusion.training.checkpoints import Checkpoints
+from pp_diffusion.training.files import read_fit, write_fit
+from pp_diffusion.training.forms import as_held_out, as_source
+from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, identity_of
+from pp_diffusion.training.sharding import as_layout
+from pp_diffusion.training.update import FitState, ObjectiveName, SavedState, Settings, as_objective
+from pp_diffusion.training.validation import HeldOut, Validation
 
 if TYPE_CHECKING:
     import optax  # where it is used: half of what our import costs beside NumPyro's and Flax's
-
-Objective = Literal["bound", "mse"]
-MAX_UPDATES_PER_DISPATCH = 1000
-SECONDS_PER_DISPATCH = 0.5
-
-
-class FitState(NamedTuple):
-    """All that training carries; a pytree.
-
-    :ivar svi: NumPyro's SVI state (optimiser state with the parameters, random key).
-    :ivar average: running averages of the parameters; ``None`` without averaging.
-    :ivar step: updates done.
-    """
-
-    svi: SVIState
-    average: Any
-    step: Array
 
 
 @dataclass(frozen=True)
@@ -50,18 +31,21 @@ class FitResult:
     """What :func:`fit` returns.
 
     :ivar diffusion: the diffusion that was trained.
-    :ivar params: the trained parameters by site name, averaged where averaging is on; every figure is theirs.
+    :ivar params: the trained parameters by site name, averaged where averaging is on: those that the held-out rows
+        liked best, or the last ones where none were held out; every figure is theirs.
     :ivar losses: −K per datum of each update's batch, in nats, at that update's own parameters; squared errors with
-        ``objective="mse"``.
+        ``objective="mse"``; NaN for an update that was left out.
     :ivar state: to go on training with, ``fit(..., state=result.state)``.
+    :ivar validation: what the held-out rows said, a :class:`Validation`; ``None`` without them.
     """
 
     diffusion: Diffusion
     params: dict[str, Any] = field(repr=False)
     losses: np.ndarray = field(repr=False)
-    state: FitState = field(repr=False)
+    state: FitState | SavedState = field(repr=False)
     needs_context: bool = field(default=False, repr=False)
-    objective: Objective = "bound"
+    objective: ObjectiveName = "bound"
+    validation: Validation | None = field(default=None, repr=False)
 
     @property
     def prior(self) -> DiffusionPrior:
@@ -69,6 +53,33 @@ class FitResult:
         if self.needs_context:
             raise ValueError("context is needed: it was trained with one; use diffusion.prior(fit.params, context=...)")
         return self.diffusion.prior(self.params)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it to one file, for :func:`load_fit`: also one that was trained with a context, of which none need be
+        chosen.
+
+        :param path: the file; an existing one is replaced once the new one is complete.
+        :raises TypeError: for parts that the file cannot describe; see :func:`save`.
+        """
+        notes = {"needs_context": self.needs_context, "objective": self.objective}
+        write_fit(path, self.diffusion, self.params, self.state, self.losses, self.validation, notes)
+
+    @property
+    def num_skipped(self) -> int:
+        """How many updates were left out because they were not finite."""
+        return int(np.isnan(self.losses).sum())
+
+
+def load_fit(path: str | os.PathLike[str], network: Any = None) -> FitResult:
+    """Reads a file that :meth:`FitResult.save` wrote.
+
+    :param path: the file.
+    :param network: the network, where it was not a stock one.
+    :return: the result; its ``.state`` goes on with the optimizer that it was trained with.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if the file is damaged or foreign, or needs ``network``.
+    """
+    return FitResult(**read_fit(path, network))
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -87,29 +98,51 @@ def fit(
     diffusion: Diffusion,
     data: Any,
     *,
-    num_steps: int,
+    num_steps: int | None = None,
+    total_steps: int | None = None,
     batch_size: int = 512,
     optimizer: optax.GradientTransformation | Any = None,
     context: Any = None,
     num_times: int = 1,
-    objective: Objective = "bound",
+    objective: ObjectiveName = "bound",
     average: float | None = 0.999,
-    state: FitState | None = None,
+    val_prop: float = 0.1,
+    validation_data: Any = None,
+    max_patience: int = 20,
+    row_noise: float | None = None,
+    state: FitState | SavedState | None = None,
+    checkpoint_dir: Any = None,
+    checkpoint_every: float = 60.0,
+    mesh: jax.sharding.Mesh | None = None,
+    accumulate: int = 1,
+    max_skipped: int = 0,
+    callback: Callable[[int, FitState], Any] | None = None,
     progress_bar: bool = True,
 ) -> FitResult:
     r"""Trains a diffusion by stochastic variational inference on the bound K.
 
     The same as ``SVI(diffusion.bound_model, diffusion.bound_guide, optimizer, Trace_ELBO())``, with many updates per
-    dispatch, averaged parameters and checked data. Ctrl-C returns what was trained so far. Calls that differ only in
-    keys, data values and ``num_steps`` (with the same optimizer object) share one compilation.
+    dispatch, averaged parameters, checked data and rows that are held out. Ctrl-C returns what was trained so far.
+    Calls that differ only in keys, data values and ``num_steps`` (with the same optimizer object) share one
+    compilation.
+
+    **Held-out rows.** A tenth of an array's rows is not trained on, but judges: at intervals K of them is evaluated,
+    the parameters for which it was highest are returned, and training ends when it has not risen for long. So that it
+    can choose how smooth the density is, training rows bear normal noise which shrinks as training goes on. An array
+    of fewer than 20 rows is all trained on.
 
     :param rng_key: a JAX random key.
     :param Diffusion diffusion: what to train.
-    :param data: an array of shape ``(N, *event_shape)``; or an iterable of batches; or a function
-        ``rng_key -> batch``, traced into the update, for endless simulated data. Large arrays that it draws from are
-        given to it by a :class:`jax.tree_util.Partial`, which makes them arguments of the compiled program. A batch is
-        an array, or a pair ``(x, context)``.
-    :param int num_steps: optimiser updates.
+    :param data: an array of shape ``(N, *event_shape)``, a :class:`numpy.memmap` too, whose rows are read as they are
+        drawn; or an iterable of batches, such as a grain dataset; or a function ``rng_key -> batch``, traced into the
+        update, for endless simulated data. Large arrays that it draws from are given to it by a
+        :class:`jax.tree_util.Partial`, which makes them arguments of the compiled program. A batch is an array, or a
+        pair ``(x, context)``.
+    :param int num_steps: optimiser updates of this call; ``None`` is what is left of ``total_steps``, and
+        4000 where that is not given either.
+    :param int total_steps: optimiser updates in all, this call's and others', over which the default optimizer's rate
+        rises and decays: a run in pieces with one total is the run in one, bit for bit. ``None`` is the total of
+        ``state`` where that is not reached yet, else what is done when this call ends.
     :param int batch_size: rows per update, for an array (at most N).
     :param optimizer: an optax optimiser, or one of NumPyro's; the default is Adam with warm-up, cosine decay to zero,
         and clipped gradients.
@@ -119,8 +152,24 @@ def fit(
         (:meth:`Diffusion.mse_model`), for comparison: it trains no variances, and weights the steps otherwise than K.
     :param average: the decay of the parameters' running average, shorter at the start so that the first parameters
         do not stay in it; ``None`` returns the last parameters.
+    :param float val_prop: the share of an array's rows that is held out; 0 trains on all of them.
+    :param validation_data: held-out data of your own in their place, an array or a pair ``(x, context)``; for
+        iterables and functions the only way.
+    :param int max_patience: evaluations without a gain after which training ends; there are about 50 in all.
+    :param float row_noise: the standard deviation, in the model's space, of the noise on rows when training starts;
+        it has gone at 70 % of all updates. ``None`` is :math:`\min(1/2, 5/\sqrt N)`. Not where nothing is held out.
     :param state: the ``.state`` of an earlier result, to go on from, with its random stream (``rng_key`` is not used).
         It does not hold the objective: training goes on with the one given here.
+    :param checkpoint_dir: a folder for checkpoints. Where it holds some, training goes on from the last of them:
+        a call that was killed, and made again, gives what it would have given, bit for bit on one device. SIGTERM
+        saves one more and then ends the process.
+    :param float checkpoint_every: seconds from one checkpoint to the next.
+    :param mesh: devices over whose axis ``"data"`` rows are spread, ``jax.make_mesh((n,), ("data",))``. Of several
+        processes each gives its own rows (``jax.distributed.initialize`` first), and ``batch_size`` counts all.
+    :param int accumulate: parts of a batch, one after the other, to save memory.
+    :param int max_skipped: updates whose loss or gradient may be NaN or infinite, and which are then left out, before
+        training ends with an error.
+    :param callback: called with the updates done and the state, between dispatches.
     :param progress_bar: shows rate, time left and the bound (a running mean over batches) in nats and bits.
     :raises ValueError: for data that are empty, not finite, of the wrong shape, outside the kernel's support, or
         constant in a coordinate.
@@ -137,70 +186,58 @@ def fit(
         >>> fit = ppd.fit(jax.random.key(1), diffusion, data.train, num_steps=10, batch_size=32, progress_bar=False)
         >>> fit.losses.shape, fit.prior.sample(jax.random.key(2), (3,)).shape
         ((10,), (3, 2))
+        >>> fit.validation.steps, fit.validation.values.shape
+        (array([10]), (1,))
     """
-    _check_settings(diffusion, num_steps, batch_size, num_times, optimizer, objective, average)
+    _check_settings(diffusion, batch_size, num_times, optimizer, average, val_prop, row_noise)
+    for name, count in (("accumulate", accumulate), ("max_patience", max_patience)):
+        positive_int(name, count)
+    plan, chosen, layout = Plan(num_steps, total_steps).checked(), as_objective(objective, diffusion), as_layout(mesh)
     check_key(rng_key)
-    source = as_source(diffusion.space, data, context, batch_size, rng_key)
-    settings = _Settings(optimizer, source.batch_size, num_times, average, objective)
-    init_key, _ = jax.random.split(rng_key)
-    if state is None:
-        state, importance = _init(diffusion, source.example, init_key, settings)
-        check_importance(importance)
-    else:
-        own_key = state.svi.rng_key  # of whatever make: the one given here is not used
-        fresh, _ = jax.eval_shape(lambda: _init(diffusion, source.example, own_key, settings))
-        if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, fresh):
-            raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
+    own_rows = None if validation_data is None else as_held_out(diffusion.space, validation_data)
+    share = val_prop if own_rows is None else 0.0
+    source = as_source(diffusion.space, data, context, batch_size, rng_key, layout, share, row_noise)
+    rows = own_rows or source.held_out
+    settings = Settings(
+        optimizer, num_times, average, chosen, rows is not None, accumulate, max_skipped > 0, layout
+    ).checked(source.batch_size)
+    training = Run.start(diffusion, source, settings, rng_key, state)
+    checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, identity_of(diffusion, source, settings))
+        training.resume(checkpoints.restore())
+    end, total = plan.of(training.step, int(training.state.total), resumed=training.is_resumed)
+    if rows is not None:
+        calls = source.batch_size * num_times
+        training.held_out = HeldOut(rows, total, calls, chosen, max_patience, layout, training.history)
 
-    last_step = state.step + num_steps
+    def result() -> FitResult:
+        context_too = source.example[1] is not None
+        validation = None if training.held_out is None else training.held_out.result()
+        losses, state = training.all_losses, training.state
+        return FitResult(diffusion, training.params, losses, state, context_too, objective, validation)
 
-    losses: list[np.ndarray] = []
-    with tqdm(total=num_steps, disable=not progress_bar, desc="fit", unit="update") as bar:
-        done, updates = 0, 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
-        try:
-            while done < num_steps:
-                feed, updates = source.take(min(updates, num_steps - done))
-                if feed is None:
-                    warnings.warn(f"data ran out after {done} of {num_steps} updates", stacklevel=2)
-                    break
-                started = time.perf_counter()
-                next_state, new = _run(diffusion, state, feed, jnp.asarray(updates), last_step, settings)
-                new_losses = np.asarray(new)[:updates]
-                seconds = time.perf_counter() - started
-                if not np.isfinite(new_losses).all():
-                    trained = _result(diffusion, state, losses, settings, source) if done else None
-                    raise _non_finite(new_losses, done, trained)
-                state, done = next_state, done + updates
-                losses.append(new_losses)
-                _report(bar, updates, losses, objective)
-                if done > 1:  # not while compiling
-                    updates = int(np.clip(updates * SECONDS_PER_DISPATCH / max(seconds, 1e-9), 1, 4 * updates + 8))
-                updates = min(max(updates, 8), MAX_UPDATES_PER_DISPATCH)
-        except KeyboardInterrupt:
-            warnings.warn(f"interrupted: returning the parameters after {done} of {num_steps} updates", stacklevel=2)
-    return _result(diffusion, state, losses, settings, source)
-
-
-class _Settings(NamedTuple):
-    """The static part of training; one compilation for each."""
-
-    optimizer: Any
-    batch_size: int | None
-    num_times: int
-    average: float | None
-    objective: Objective
+    try:
+        training.train(end, total, max_skipped, checkpoints, callback, progress_bar)
+    except NonFiniteUpdates as error:
+        raise NonFiniteLossError(str(error), result() if len(training.all_losses) else None) from None
+    return result()
 
 
 def _check_settings(
-    diffusion: Any, num_steps: int, batch_size: int, num_times: int, optimizer: Any, objective: str, average: Any
+    diffusion: Any,
+    batch_size: int,
+    num_times: int,
+    optimizer: Any,
+    average: float | None,
+    val_prop: float,
+    row_noise: float | None,
 ) -> None:
     import optax
 
-    if objective not in ("bound", "mse"):
-        raise ValueError(f"objective must be 'bound' or 'mse'; got {objective!r}")
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion must be a Diffusion; got {type(diffusion).__name__}")
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_times", num_times)):
+    for name, value in (("batch_size", batch_size), ("num_times", num_times)):
         positive_int(name, value)
     is_numpyros = all(hasattr(optimizer, name) for name in ("init", "update", "get_params"))
     if not (optimizer is None or is_numpyros or isinstance(optimizer, optax.GradientTransformation)):
@@ -209,94 +246,7 @@ def _check_settings(
         )
     if average is not None and not 0 <= average < 1:
         raise ValueError(f"average must be in [0, 1) or None; got {average}")
-    if objective == "mse":
-        check_squared_errors(diffusion.schedule, diffusion.last_step)
-
-
-def _default_optimizer(num_steps: Array | int) -> optax.GradientTransformation:
-    """Adam with warm-up and cosine decay over ``num_steps``, which may be traced."""
-    import optax
-
-    shape = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup_steps=50, decay_steps=1000)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda step: shape(step * 1000 / num_steps)))
-
-
-def _svi(diffusion: Diffusion, settings: _Settings, num_rows: int, num_steps: Array | int = 1) -> SVI:
-    # per datum, so that losses, clipping and learning rates mean the same for any N
-    program = diffusion.bound_model if settings.objective == "bound" else diffusion.mse_model
-    model = handlers.scale(program, scale=1 / num_rows)
-    optimizer = settings.optimizer or _default_optimizer(num_steps)
-    return SVI(model, diffusion.bound_guide, optimizer, Trace_ELBO())
-
-
-def _with_constraints(svi: SVI, x: Array, context: Any) -> SVI:
-    """``svi`` with the constraints of its parameters, which it learns when it starts; here abstractly, so that nothing
-    of a start gets into a compiled program."""
-    x, context = jax.tree.map(lambda a: a[:1], (x, context))
-    jax.eval_shape(lambda: svi.init(jax.random.key(0), x, context=context))
-    return svi
-
-
-@partial(jax.jit, static_argnums=3)
-def _init(
-    diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: _Settings
-) -> tuple[FitState, Array]:
-    """The first state, and how often each step of the network's is to be drawn, whose values the caller can check."""
-    x, context = example
-    svi = _svi(diffusion, settings, len(x))
-    svi_state = svi.init(rng_key, x, context=context, num_times=settings.num_times)
-    first = diffusion.last_step.first_network_step
-    rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
-    state = FitState(svi_state, svi.get_params(svi_state), jnp.zeros((), int))
-    return state, step_importance(diffusion.kernel, rates)
-
-
-@partial(jax.jit, static_argnums=5)
-def _run(
-    diffusion: Diffusion, state: FitState, feed: Feed, updates: Array, last_step: Array, settings: _Settings
-) -> tuple[FitState, Array]:
-    """``updates`` updates (a traced number, so that one compilation serves all) and their losses."""
-    import optax
-
-    def update(i: Array, carry: tuple[FitState, Array]) -> tuple[FitState, Array]:
-        (svi_state, average, step), losses = carry
-        x, context, rng_key = feed.batch(svi_state.rng_key, i)
-        svi_state = svi_state._replace(rng_key=rng_key)
-        svi = _with_constraints(_svi(diffusion, settings, len(x), last_step), x, context)
-        svi_state, loss = svi.update(
-            svi_state, x, context=context, batch_size=settings.batch_size, num_times=settings.num_times
-        )
-        if settings.average is not None:
-            rate = jnp.maximum(1 - settings.average, 10.0 / (10.0 + step))
-            average = optax.incremental_update(svi.get_params(svi_state), average, rate)
-        return FitState(svi_state, average, step + 1), losses.at[i].set(loss)
-
-    return jax.lax.fori_loop(0, updates, update, (state, jnp.zeros(MAX_UPDATES_PER_DISPATCH)))
-
-
-def _non_finite(losses: np.ndarray, done: int, trained: FitResult | None) -> NonFiniteLossError:
-    first = int(np.argmin(np.isfinite(losses)))
-    return NonFiniteLossError(
-        f"the loss is {losses[first]} at update {done + first + 1}. Usual causes: data far from unit scale "
-        "(use transform=ppd.standardize(data)), a learning rate that is too high, or a network that returned NaN or a "
-        "variance <= 0. What was trained before is in this error's .result",
-        trained,
-    )
-
-
-def _result(
-    diffusion: Diffusion, state: FitState, losses: list[np.ndarray], settings: _Settings, source: Source
-) -> FitResult:
-    if settings.average is None:
-        params = _with_constraints(_svi(diffusion, settings, 1), *source.example).get_params(state.svi)
-    else:
-        params = state.average
-    all_losses = np.concatenate(losses) if losses else np.zeros(0)
-    return FitResult(diffusion, params, all_losses, state, source.example[1] is not None, settings.objective)
-
-
-def _report(bar: tqdm, updates: int, losses: list[np.ndarray], objective: Objective) -> None:
-    recent = -float(np.mean(np.concatenate(losses[-10:])[-1000:]))
-    reached = f"K = {recent:.4g} nats = {nats_to_bits(recent):.4g} bits"
-    bar.set_postfix_str(reached if objective == "bound" else f"squared error = {-recent:.4g}", refresh=False)
-    bar.update(updates)
+    if not 0 <= val_prop < 1:
+        raise ValueError(f"val_prop must be in [0, 1), the share of the rows that is held out; got {val_prop}")
+    if row_noise is not None and not 0 <= row_noise < np.inf:
+        raise ValueError(f"row_noise must be a standard deviation >= 0 or None; got {row_noise}")

@@ -1,12 +1,14 @@
-"""Training data in their three forms: an array of rows, an iterable of batches, a function that draws batches."""
+"""Training data in the forms that ``fit`` takes: what owns the batches of each, and what is checked of all."""
 
 from __future__ import annotations
 
-import itertools
+import base64
+import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,70 +20,25 @@ from pp_diffusion import contexts
 from pp_diffusion.checks import find_ties, name_columns
 from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import Frozen
+from pp_diffusion.training.sharding import Layout
 
 
 class Feed(Frozen):
     """What one dispatch of updates is fed; a pytree that goes into the compiled loop."""
 
     @abstractmethod
-    def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
-        """The batch of update i of the dispatch: x, its context, and the random key that is left."""
+    def batch(self, rng_key: Array, i: Array, progress: Array) -> tuple[Array, Any, Array]:
+        """The batch of update i of the dispatch: x, its context, and the random key that is left.
+
+        :param progress: how much of all updates is done with this one, in (0, 1].
+        """
         raise NotImplementedError
-
-
-class Source:
-    """Training data, checked."""
-
-    #: A row of data and of its context, to start from.
-    example: tuple[Array, Any]
-    #: Rows per update, where the program draws them.
-    batch_size: int | None = None
-
-    @abstractmethod
-    def take(self, most: int) -> tuple[Feed | None, int]:
-        """What the next dispatch of at most ``most`` updates gets, and how many updates it is for."""
-        raise NotImplementedError
-
-
-def as_source(space: DataSpace, data: Any, context: Any, batch_size: int, rng_key: Array) -> Source:
-    """The source that goes with the form of ``data``.
-
-    :raises TypeError, ValueError: naming ``data`` or ``context``.
-    """
-    if callable(data):
-        _refuse_context(context, "a function: let it return")
-        return Simulated(space, data, rng_key)
-    if hasattr(data, "shape") or _is_number_list(data):
-        return Rows(space, data, context, batch_size)
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data must be an array, an iterable of batches or a function; got {type(data).__name__}")
-    _refuse_context(context, "an iterable: let it yield")
-    return Batches(space, data)
-
-
-# --- an array ----------------------------------------------------------------------------------------------------
-
-
-class Rows(Source):
-    """An array of shape ``(N, *event_shape)``, of which the program draws rows."""
-
-    def __init__(self, space: DataSpace, data: Any, context: Any, batch_size: int) -> None:
-        x, context = _check_pair(space, data, context, "data", "N")
-        space.check_training(np.asarray(data))
-        warn_of_scales(space, np.asarray(data))
-        warn_of_ties(space, np.asarray(data))
-        self.batch_size = min(batch_size, len(x))
-        self.feed = RowFeed(x, context)
-        self.example = _first_rows((x, context))
-
-    def take(self, most: int) -> tuple[Feed | None, int]:
-        return self.feed, most
 
 
 class ArrayFeed(Feed):
     """Of arrays that a program is given."""
 
-    data_fields = ("x", "context")
+    data_fields: ClassVar[tuple[str, ...]] = ("x", "context")
 
     x: Array
     context: Any
@@ -90,11 +47,41 @@ class ArrayFeed(Feed):
         self._set(x=x, context=context)
 
 
-class RowFeed(ArrayFeed):
-    """All rows, at every update."""
+class Source:
+    """Training data, checked."""
 
-    def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
-        return self.x, self.context, rng_key
+    #: A row of data and of its context, to start from.
+    example: tuple[Array, Any]
+    #: Rows per update.
+    batch_size: int
+    #: Rows that are not trained on, and their context.
+    held_out: tuple[Any, Any] | None = None
+
+    @abstractmethod
+    def take(self, most: int, step: int) -> tuple[Feed | None, int]:
+        """What the next dispatch of at most ``most`` updates gets, and how many updates it is for.
+
+        :param step: updates done before.
+        """
+        raise NotImplementedError
+
+    def skip(self, updates: int, *, anew: bool) -> None:
+        """Goes on behind so many updates.
+
+        :param anew: whether also an iterator is at its start, as in a process that is new; else it is where it was.
+        """
+
+    def seek(self, position: Any) -> bool:
+        """Goes on at what :meth:`position` was; whether it could."""
+        return False
+
+    def position(self) -> Any:
+        """Where in the data training is, for JSON; ``None`` where the number of updates says it."""
+        return None
+
+    def fingerprint(self) -> str:
+        """What tells these data from others, as far as can be seen."""
+        return "unknown"
 
 
 # --- an iterable -------------------------------------------------------------------------------------------------
@@ -103,50 +90,96 @@ class RowFeed(ArrayFeed):
 class Batches(Source):
     """Batches, or pairs ``(x, context)``, over and over where they can be read again; stacked for each dispatch."""
 
-    def __init__(self, space: DataSpace, data: Iterable[Any]) -> None:
-        batches = _checked_batches(space, data)
-        first = next(batches, None)
+    def __init__(self, space: DataSpace, data: Iterable[Any], layout: Layout) -> None:
+        self.space, self.data, self.layout = space, data, layout
+        self.iterator: Any = iter(data)
+        self.count = 0
+        #: what was read and not used yet, each behind the position that it was read at
+        self.pending: deque[tuple[Any, tuple[Any, Any]]] = deque()
+        first = self._peek()
         if first is None:
             raise ValueError("data must yield at least one batch; it yielded none")
         warn_of_scales(space, np.asarray(first[0]))
         warn_of_ties(space, np.asarray(first[0]))
-        self.batches: Iterator[tuple[Array, Any]] = itertools.chain([first], batches)
-        self.example = _first_rows(first)
+        self.batch_size = len(first[0]) * layout.hosts
+        self.example = first_rows(first)
 
-    def take(self, most: int) -> tuple[Feed | None, int]:
-        most = 2 ** (min(most, 64).bit_length() - 1)  # a power of two, so that few shapes are compiled
+    def take(self, most: int, step: int) -> tuple[Feed | None, int]:
         stack: list[Any] = []
-        for batch in self.batches:
+        while (batch := self._peek()) is not None:
             if stack and jax.tree.map(jnp.shape, batch) != jax.tree.map(jnp.shape, stack[0]):
-                self.batches = itertools.chain([batch], self.batches)
                 break
+            self.pending.popleft()
             stack.append(batch)
-            if len(stack) == most:
+            if len(stack) == min(most, length_of_stacks(batch)):
                 break
-        if not stack:
-            return None, 0
-        length = 2 ** (len(stack) - 1).bit_length()  # a short stack is padded; the rest is not used
-        padded = stack + [stack[-1]] * (length - len(stack))
-        return StackFeed(*jax.tree.map(lambda *a: jnp.stack(a), *padded)), len(stack)
+        return (stacked(stack, self.layout), len(stack)) if stack else (None, 0)
+
+    def skip(self, updates: int, *, anew: bool) -> None:
+        if self.iterator is self.data and not anew:
+            return
+        for _ in range(updates):
+            if self._peek() is None:
+                return
+            self.pending.popleft()
+
+    def position(self) -> Any:
+        return self.pending[0][0] if self.pending else self._state()
+
+    def seek(self, position: Any) -> bool:
+        if position is None or not hasattr(self.iterator, "set_state"):
+            return False
+        self.pending.clear()
+        self.iterator = iter(self.data)
+        self.iterator.set_state(base64.b64decode(position["bytes"]) if "bytes" in position else position["state"])
+        return True
+
+    def fingerprint(self) -> str:
+        return f"batches of {tuple(map(str, jax.tree.leaves(jax.tree.map(jnp.shape, self.example))))}"
+
+    def _state(self) -> Any:
+        """That of an iterator which knows its own, such as grain's."""
+        if not hasattr(self.iterator, "get_state"):
+            return None
+        state = self.iterator.get_state()
+        return {"bytes": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"state": state}
+
+    def _peek(self) -> tuple[Array, Any] | None:
+        """The next batch, checked; it stays the next."""
+        if self.pending:
+            return self.pending[0][1]
+        for _ in range(2):
+            position = self._state()
+            for batch in self.iterator:
+                self.count += 1
+                pair = check_pair(self.space, *as_pair(batch), f"data: batch {self.count}", "batch")
+                self.pending.append((position, pair))
+                return pair
+            if self.iterator is self.data or not self.count:
+                return None
+            self.iterator, self.count = iter(self.data), 0
+        raise ValueError("data must yield at least one batch; it yielded none")
 
 
 class StackFeed(ArrayFeed):
     """A batch for each update, over a first axis."""
 
-    def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
+    def batch(self, rng_key: Array, i: Array, progress: Array) -> tuple[Array, Any, Array]:
         x, context = jax.tree.map(lambda a: a[i], (self.x, self.context))
         return x, context, rng_key
 
 
-def _checked_batches(space: DataSpace, data: Iterable[Any]) -> Iterator[tuple[Array, Any]]:
-    while True:
-        count = 0
-        for count, batch in enumerate(data, 1):
-            yield _check_pair(space, *_pair(batch), f"data: batch {count}", "batch")
-        if iter(data) is data:
-            return
-        if not count:
-            raise ValueError("data must yield at least one batch; it yielded none")
+def stacked(batches: list[Any], layout: Layout) -> StackFeed:
+    """Batches of one shape; a short stack is padded, and the rest not used: one program for all, so that pieces of a
+    run equal the whole."""
+    padded = batches + [batches[-1]] * (length_of_stacks(batches[0]) - len(batches))
+    return StackFeed(*layout.rows(jax.tree.map(lambda *a: np.stack(a), *padded), axis=1))
+
+
+def length_of_stacks(batch: Any) -> int:
+    """Batches to a dispatch: at most 64, of at most 64 MiB."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    return int(np.clip(2**26 // max(size, 1), 1, 64))
 
 
 # --- a function --------------------------------------------------------------------------------------------------
@@ -156,13 +189,17 @@ class Simulated(Source):
     """A function ``rng_key -> batch``, traced into the update."""
 
     def __init__(self, space: DataSpace, data: Callable[[Array], Any], rng_key: Array) -> None:
-        self.example = _check_pair(space, *_pair(data(rng_key)), "data(rng_key)", "batch")
-        warn_of_scales(space, np.asarray(self.example[0]))
-        warn_of_ties(space, np.asarray(self.example[0]))
+        batch = check_pair(space, *as_pair(data(rng_key)), "data(rng_key)", "batch")
+        warn_of_scales(space, np.asarray(batch[0]))
+        warn_of_ties(space, np.asarray(batch[0]))
+        self.batch_size, self.example = len(batch[0]), first_rows(batch)
         self.feed = DrawFeed(data)
 
-    def take(self, most: int) -> tuple[Feed | None, int]:
+    def take(self, most: int, step: int) -> tuple[Feed | None, int]:
         return self.feed, most
+
+    def fingerprint(self) -> str:
+        return f"a function's batches of {self.batch_size}, {fingerprint_of(jax.tree.leaves(self.feed))}"
 
 
 class DrawFeed(Feed):
@@ -175,9 +212,9 @@ class DrawFeed(Feed):
     def __init__(self, draw: Callable[[Array], Any]) -> None:
         self._set(draw=draw if isinstance(draw, Partial) else Partial(draw))
 
-    def batch(self, rng_key: Array, i: Array) -> tuple[Array, Any, Array]:
+    def batch(self, rng_key: Array, i: Array, progress: Array) -> tuple[Array, Any, Array]:
         rng_key, batch_key = jax.random.split(rng_key)
-        return *_pair(self.draw(batch_key)), rng_key
+        return *as_pair(self.draw(batch_key)), rng_key
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -206,29 +243,30 @@ def warn_of_ties(space: DataSpace, data: np.ndarray) -> None:
         warnings.warn(
             f"data are taken for continuous, but values occur again and again in {name_columns(ties, shares)}: a "
             "density grows without bound on such values, and K is not comparable. Add noise of the values' step "
-            "(dequantisation), or use a BinomialKernel for bits and last_step='discretized' for integers",
+            "(dequantisation): step * ppd.datasets.dequantize(rng_key, x / step); or use a BinomialKernel for bits and "
+            "last_step='discretized' for integers; a value that is a case of its own is for a mixture to say",
             stacklevel=5,
         )
 
 
-def _check_pair(space: DataSpace, x: Any, context: Any, name: str, axis: str) -> tuple[Array, Any]:
+def check_pair(space: DataSpace, x: Any, context: Any, name: str, axis: str) -> tuple[Array, Any]:
     x = space.check_rows(x, name, axis)
     contexts.check_rows(context, len(x))
     contexts.check_context(context)
     return x, jax.tree.map(jnp.asarray, context)
 
 
-def _refuse_context(context: Any, instead: str) -> None:
+def refuse_context(context: Any, instead: str) -> None:
     if context is not None:
         raise ValueError(f"context must be None where data is {instead} pairs (x, context)")
 
 
-def _first_rows(pair: tuple[Array, Any]) -> tuple[Array, Any]:
+def first_rows(pair: tuple[Array, Any]) -> tuple[Array, Any]:
     x, context = jax.tree.map(lambda a: a[:1], pair)
     return x, context
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def as_pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) == 2 and hasattr(batch[0], "shape")):
         if len(batch) != 2:
             raise ValueError(f"a batch must be an array or a pair (x, context); got a tuple of {len(batch)}")
@@ -236,9 +274,19 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def _is_number_list(data: Any) -> bool:
+def is_number_list(data: Any) -> bool:
     if not isinstance(data, (list, tuple)):
         return False
     while isinstance(data, (list, tuple)) and data:
         data = data[0]
     return isinstance(data, (int, float, np.number)) or (isinstance(data, (list, tuple)) and not data)
+
+
+def fingerprint_of(arrays: Any) -> str:
+    """A short name of the shapes and of the values: of all, or of 2000 rows of large arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        digest.update(f"{np.shape(leaf)}".encode())
+        rows = np.linspace(0, len(leaf) - 1, min(len(leaf), 2000)).astype(int) if np.ndim(leaf) else ()
+        digest.update(np.ascontiguousarray(np.asarray(leaf[rows], dtype=np.float64)).tobytes())
+    return digest.hexdigest()[:16]

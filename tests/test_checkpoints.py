@@ -1,0 +1,266 @@
+"""Checkpoints: resumed runs equal whole ones bit for bit, and what is damaged, foreign or cannot be written."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import pp_diffusion as ppd
+from pp_diffusion.training.checkpoints import Checkpoint, Checkpoints, terminations
+
+X = np.random.default_rng(0).normal(size=(60, 2))
+DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.3]), ppd.networks.MLP((4,)))
+IDENTITY = {"kernel": "a"}
+ROOT = Path(__file__).parent.parent
+
+
+class Killed(BaseException):
+    """As a kill comes: between any two lines, and nothing is tidied up."""
+
+
+def fit(folder=None, data=X, diffusion=DIFFUSION, kill_at=None, **settings):
+    def callback(step, state):
+        if kill_at is not None and step >= kill_at:
+            raise Killed
+
+    settings = {"num_steps": 120, "batch_size": 16, "checkpoint_every": 0.0, **settings}
+    return ppd.fit(
+        jax.random.key(1), diffusion, data, checkpoint_dir=folder, callback=callback, progress_bar=False, **settings
+    )
+
+
+def same(a, b):
+    for name in ("losses", "params", "state"):
+        values = [jax.tree.leaves(jax.tree.map(as_numbers, getattr(x, name))) for x in (a, b)]
+        for x, y in zip(*values, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def as_numbers(leaf):
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return fit()
+
+
+def test_a_run_that_was_killed_gives_what_it_would_have(tmp_path, whole):
+    """Killed twice, at no multiples of anything: losses, parameters and held-out values are the same."""
+    for kill_at in (5, 70):
+        with pytest.raises(Killed):
+            fit(tmp_path / "run", kill_at=kill_at)
+    resumed = fit(tmp_path / "run")
+    same(resumed, whole)
+    for name in ("steps", "values", "per_step", "train"):
+        np.testing.assert_array_equal(getattr(resumed.validation, name), getattr(whole.validation, name))
+    same(fit(tmp_path / "run"), whole)  # it is at its end: nothing is trained
+    assert len([path for path in (tmp_path / "run").iterdir() if path.name.isdigit()]) == 2
+
+
+def test_batches_go_on_too(tmp_path):
+    data = [X[:16], X[16:32], X[32:48]]
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)))
+    for name, make in (("list", lambda: data), ("generator", lambda: (X[3 * (i % 9) :][:16] for i in range(99)))):
+        with pytest.raises(Killed):
+            fit(tmp_path / name, make(), diffusion, kill_at=10, num_steps=30)
+        same(fit(tmp_path / name, make(), diffusion, num_steps=30), fit(None, make(), diffusion, num_steps=30))
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    fit(tmp_path / "run", num_steps=8)
+    wider = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2]), ppd.networks.MLP((4,)))
+    for settings, named in (
+        ({"data": X + 1}, "data is '54 rows"),
+        ({"diffusion": wider}, "rates"),
+        ({"num_times": 2}, "num_times is 1, here 2"),
+        ({"batch_size": 8}, "batch_size is 16, here 8"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint_dir holds the checkpoints of another run: in .*{named}"):
+            fit(tmp_path / "run", num_steps=8, **settings)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"checkpoint_dir must be a folder of its own; .* holds 'notes.txt'"):
+        fit(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"checkpoint_dir must be a folder; .*notes.txt is a file"):
+        fit(tmp_path / "notes.txt")
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(step):
+    numbers = np.random.default_rng(step)
+    arrays = {"state.0": numbers.normal(size=300), "state.1": np.arange(5), "losses": np.zeros(0)}
+    return Checkpoint(step, arrays, {"position": {"at": step}})
+
+
+def check(found, step):
+    assert found.step == step and found.notes == {"position": {"at": step}}
+    for name, a in checkpoint(step).arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], a)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with two of them."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    for step in (10, 20, 30):
+        assert Checkpoints(folder, 60.0, IDENTITY).save(checkpoint(step))
+    return folder
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "removed":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        place = len(content) // 3 if how == "flipped" else -1 - len(content) // 5
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place:][1:])
+
+
+HOWS = ("removed", "truncated", "emptied", "flipped", "flipped late")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of futures that orbax drops
+@pytest.mark.parametrize("how", HOWS)
+def test_what_is_damaged_is_told_and_the_last_good_one_used(tmp_path, two, how):
+    """Each file of the newest in turn: what comes back is one of the two, whole; never a third thing."""
+    used = []
+    for number in range(len(files_of(two / "30"))):
+        folder = tmp_path / f"{how}{number}"
+        shutil.copytree(two, folder)
+        path = files_of(folder / "30")[number]
+        if not path.stat().st_size:
+            continue
+        damage(path, how)
+        checkpoints = Checkpoints(folder, 60.0, IDENTITY)
+        with pytest.MonkeyPatch.context() as patch:
+            told = []
+            patch.setattr("warnings.warn", lambda message, told=told, **_: told.append(message))
+            found = checkpoints.restore()
+        used.append(found.step)
+        check(found, found.step)
+        assert found.step == 30 or f"checkpoint {folder / '30'} is damaged" in told[0]
+        if found.step == 20:
+            assert (folder / "30.damaged1").is_dir()
+            assert checkpoints.save(checkpoint(25))  # it goes on from there
+            check(Checkpoints(folder, 60.0, IDENTITY).restore(), 25)
+    assert 20 in used
+
+
+def test_where_none_is_good_it_says_so(tmp_path, two):
+    shutil.copytree(two, tmp_path / "run")
+    for step in ("20", "30"):
+        shutil.rmtree(tmp_path / "run" / step / "header")
+    with pytest.raises(ValueError, match=r"checkpoint_dir holds no checkpoint that can be read: .*30 is damaged"):
+        Checkpoints(tmp_path / "run", 60.0, IDENTITY).restore()
+    (tmp_path / "other" / "7").mkdir(parents=True)
+    (tmp_path / "other" / "7" / "weights.bin").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="7 is damaged or foreign"):
+        Checkpoints(tmp_path / "other", 60.0, IDENTITY).restore()
+    assert Checkpoints(tmp_path / "new", 60.0, IDENTITY).restore() is None
+
+
+def test_half_written_ones_are_no_checkpoints(tmp_path, two):
+    shutil.copytree(two, tmp_path / "run")
+    shutil.copytree(two / "30", tmp_path / "run" / "40.orbax-checkpoint-tmp-1")
+    check(Checkpoints(tmp_path / "run", 60.0, IDENTITY).restore(), 30)
+
+
+def test_a_full_disk_does_not_lose_the_last(tmp_path, two):
+    """Files may not grow beyond 2 kB: writing fails, says so, and the last one is there, as if nothing had been."""
+    shutil.copytree(two, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", 60.0, IDENTITY)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    big = Checkpoint(40, {"state.0": np.random.default_rng(0).normal(size=100_000)}, {"position": None})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        with pytest.warns(UserWarning, match="no checkpoint could be written at update 40 .* the last one is kept"):
+            assert not checkpoints.save(big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    check(Checkpoints(tmp_path / "run", 60.0, IDENTITY).restore(), 30)
+    assert checkpoints.save(checkpoint(40))
+    check(checkpoints.restore(), 40)
+
+
+def test_sigterm_saves_and_goes_on_its_way(tmp_path, whole):
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    try:
+        with pytest.raises(Killed), terminations() as ended:
+            signal.raise_signal(signal.SIGTERM)
+            assert ended and not came
+            raise Killed
+        assert came == [1]  # the handler that was there, once, behind all
+
+        def callback(step, state):
+            if step >= 30:
+                signal.raise_signal(signal.SIGTERM)
+
+        settings = {"num_steps": 120, "batch_size": 16, "progress_bar": False, "checkpoint_dir": tmp_path / "run"}
+        first = ppd.fit(jax.random.key(1), DIFFUSION, X, callback=callback, **settings)
+        assert came == [1, 1] and 30 <= len(first.losses) < 120
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    same(fit(tmp_path / "run"), whole)
+
+
+SCRIPT = """
+    import sys, jax, numpy as np, pp_diffusion as ppd
+    x = np.random.default_rng(0).normal(size=(400, 2))
+    network = ppd.networks.MLP((16, 16))
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.LearnedSchedule(10, 1e-3), network)
+    fit = ppd.fit(jax.random.key(1), diffusion, x, num_steps=20_000, batch_size=64, max_patience=1000,
+                  checkpoint_dir=sys.argv[1], checkpoint_every=0.3, progress_bar=False)
+    np.savez(sys.argv[2], losses=fit.losses, *jax.tree.leaves(fit.params))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment(tmp_path):
+    """A process of its own, killed again and again at random moments, ends as the one that was left alone."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(folder):
+        arguments = [sys.executable, tmp_path / "script.py", tmp_path / folder, tmp_path / f"{folder}.npz"]
+        return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    moments, kills = np.random.default_rng(0), 0
+    while kills < 5:
+        process = start("killed")
+        while process.poll() is None and not any((tmp_path / "killed").glob("[0-9]*")):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 2.5))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    if not (tmp_path / "killed.npz").exists():
+        assert start("killed").wait() == 0
+    whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+    for name in whole.files:
+        np.testing.assert_array_equal(whole[name], killed[name])
