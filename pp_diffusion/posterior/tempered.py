@@ -76,6 +76,16 @@ class TemperedRun(Outcome):
             names = ", ".join(map(repr, self.observed)) or "numpyro.factor"
             raise ValueError(f"the model's likelihood is zero or NaN at every particle; it is that of {names}")
 
+    @property
+    def grouped(self) -> dict[str, Array]:
+        """Each chain's draws.
+
+        :raises RuntimeError: if there are none of some chain.
+        """
+        if dead := self.dead_chains:
+            raise RuntimeError(f"chains {dead} have no draws: the likelihood is zero at all of their particles")
+        return self.by_chain
+
     @cached_property
     def pooled(self) -> dict[str, Array]:
         """All chains' draws, drawn in proportion to the chains' evidence."""
@@ -185,8 +195,9 @@ class TemperedSMC:
 
         :param group_by_chain: shape ``(num_chains, num_particles, …)``, each chain's own. Otherwise
             ``(num_chains * num_particles, …)``, with the chains drawn from in proportion to their evidence.
+        :raises RuntimeError: for the draws of a chain whose particles all have likelihood zero.
         """
-        return dict(self._done.by_chain if group_by_chain else self._done.pooled)
+        return dict(self._done.grouped if group_by_chain else self._done.pooled)
 
     @property
     def log_evidence(self) -> float:
@@ -235,7 +246,7 @@ class TemperedSMC:
         run = self._done
         grouped = partial(dataset, dims=dims or {}, coords=coords or {})
         groups = {
-            "posterior": grouped(run.by_chain, ["chain", "draw"]),
+            "posterior": grouped(run.grouped, ["chain", "draw"]),
             "sample_stats": grouped({"log_evidence": run.log_evidences}, ["chain"]),
             "observed_data": grouped(run.observed, []),
         }
