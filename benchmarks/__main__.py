@@ -10,7 +10,10 @@ from pathlib import Path
 from benchmarks import (
     digits,
     flow,
+    flow_accuracy,
     flow_density,
+    flow_draws,
+    flow_posteriors,
     gradient_variance,
     likelihood,
     naive_numpyro,
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, "
-        "flow_density, digits, posterior, unet_step",
+        "flow_accuracy, flow_density, flow_draws, flow_posteriors, digits, posterior, unet_step",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -44,7 +47,10 @@ def main() -> None:
         "gradient_variance": gradient_variance.rows,
         "precision": precision.rows,
         "flow": partial(flow.rows, fresh=args.fresh, figures=args.figures),
+        "flow_accuracy": flow_accuracy.rows,
         "flow_density": flow_density.rows,
+        "flow_draws": flow_draws.rows,
+        "flow_posteriors": flow_posteriors.rows,
         "digits": digits.rows,
         "posterior": posterior.rows,
         "unet_step": unet_step.rows,

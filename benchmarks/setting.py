@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import jax
+import optax
 from jax import Array
 
 import pp_diffusion as ppd
 from benchmarks.reference import handwritten
+from examples import digits
 
 FIRST_BETA, FINAL_LOG_SNR = 1e-4, -7.0
 BATCH = 512
@@ -30,6 +33,23 @@ def diffusion(
         last_step=last_step,
         transform=ppd.standardize(train),
     )
+
+
+@cache
+def trained_swiss_roll(small: bool) -> ppd.DiffusionPrior:
+    """T = 1000, the last step by the network, 40 000 updates: that of ``benchmarks/flow.py``."""
+    updates = 20 if small else 40_000
+    program = diffusion(20 if small else 1000, swiss_roll(small).train, last_step="network")
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(500, updates // 2), updates)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    settings = {"batch_size": BATCH, "num_times": 2, "optimizer": optimizer, "progress_bar": False}
+    return ppd.fit(jax.random.key(1), program, swiss_roll(small).train, num_steps=updates, **settings).prior
+
+
+@cache
+def trained_digits(small: bool) -> ppd.DiffusionPrior:
+    """As in ``examples/digits.py``."""
+    return digits.train(ppd.datasets.digits(jax.random.key(0)), 5 if small else None, progress=False)[0].prior
 
 
 def chain(num_timesteps: int) -> handwritten.Chain:

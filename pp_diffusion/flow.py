@@ -17,7 +17,7 @@ from pp_diffusion.checks import positive_int
 from pp_diffusion.divergence import ExactDivergence, Hutchinson
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.probability_flow import ProbabilityFlow
-from pp_diffusion.solvers import TSIT5, RungeKutta
+from pp_diffusion.solvers import TSIT5, Multistep, RungeKutta
 
 #: The largest event whose density is exact unless asked otherwise.
 MOST_EXACT = 128
@@ -30,11 +30,14 @@ class FlowCheck(NamedTuple):
         ``log_prob`` itself, but for a share of one half or less.
     :ivar round_trip: log p as it comes out on the way from the noise, less ``log_prob`` of where it leads.
     :ivar noise: the largest distance of the noise of a draw from that which it was made of.
+    :ivar draws: the distance of a draw from that which twice the solver's steps make of the same noise, over the draws'
+        standard deviation.
     """
 
     halved: Array
     round_trip: Array
     noise: Array
+    draws: Array
 
     @property
     def error(self) -> float:
@@ -47,6 +50,8 @@ class FlowCheck(NamedTuple):
             rms, most = jnp.sqrt(jnp.mean(error**2)), jnp.abs(error).max()
             print(f"{name:15s} log p changes by {rms:.2g} nats (root mean square), at most {most:.2g}")
         print(f"{'noise':15s} found again to {jnp.max(self.noise):.2g}")
+        rms, most = jnp.sqrt(jnp.mean(self.draws**2)), self.draws.max()
+        print(f"{'draws':15s} off by {rms:.2g} of their standard deviation (root mean square), at most {most:.2g}")
 
 
 class DiffusionFlow(dist.Distribution):
@@ -72,6 +77,9 @@ class DiffusionFlow(dist.Distribution):
     :param num_steps: of the solver.
     :param solver: ``None``: Tsitouras' method of order 5, six calls a step. Others of :mod:`pp_diffusion.solvers`, or
         an explicit Runge–Kutta method of diffrax, such as ``diffrax.Heun()``.
+    :param sampler: ``None``: draws are by the solver. ``ppd.solvers.Multistep(20)`` makes them of so few network calls;
+        they, and with them :class:`~pp_diffusion.FlowReparam`, are then of the sampler's map, while ``log_prob`` stays
+        the solver's. :meth:`check` has what that costs.
     :param trace: ``None``: the divergence is exact, for events of up to 128 numbers. ``ppd.Hutchinson(rng_key)``
         estimates it by fixed probes.
     :raises ValueError: for a discrete kernel, or where there is no level between data and noise.
@@ -91,11 +99,12 @@ class DiffusionFlow(dist.Distribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     pytree_data_fields = ("prior", "trace")
-    pytree_aux_fields = ("num_steps", "solver")
+    pytree_aux_fields = ("num_steps", "solver", "sampler")
 
     prior: DiffusionPrior
     num_steps: int
     solver: RungeKutta
+    sampler: Multistep | None
     trace: Any
 
     def __init__(
@@ -104,6 +113,7 @@ class DiffusionFlow(dist.Distribution):
         *,
         num_steps: int = 16,
         solver: Any = None,
+        sampler: Multistep | None = None,
         trace: Hutchinson | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -122,6 +132,9 @@ class DiffusionFlow(dist.Distribution):
         self.prior, self.trace = prior, trace
         self.num_steps = positive_int("num_steps", num_steps)
         self.solver = TSIT5 if solver is None else RungeKutta.of(solver)
+        if not isinstance(sampler, Multistep | None):
+            raise TypeError(f"sampler must be a pp_diffusion.solvers.Multistep or None; got {sampler!r}")
+        self.sampler = None if sampler is None else sampler.checked()
         super().__init__(prior.batch_shape, prior.event_shape, validate_args=validate_args)
 
     @property
@@ -141,11 +154,13 @@ class DiffusionFlow(dist.Distribution):
     def ode(self) -> ProbabilityFlow:
         """The ODE in the model's space, with the solver's steps."""
         divergence = ExactDivergence() if self.trace is None else self.trace
-        return ProbabilityFlow(self.prior.process, self.solver, self.num_steps, divergence)
+        return ProbabilityFlow(self.prior.process, self.solver, self.num_steps, divergence, self.sampler)
 
     @property
     def num_calls(self) -> int:
-        """Network calls of a draw (twice as many where they are interpolated), one after another."""
+        """Network calls of a draw, one after another (with a solver, twice as many where they are interpolated)."""
+        if self.sampler is not None:
+            return self.sampler.num_calls
         return self.solver.num_stages * (self.num_steps + 1) + 1
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
@@ -232,6 +247,9 @@ def _check(flow: DiffusionFlow, noise: Array) -> FlowCheck:
     ode = flow.ode
     x, on_the_way = ode.from_noise_with_log_prob(noise)
     log_prob = ode.log_prob(x)
-    finer = ode.replace(num_steps=2 * flow.num_steps).log_prob(x)
-    distance = jnp.abs(ode.to_noise(x) - noise).max(tuple(range(-len(flow.event_shape), 0)) or None)
-    return FlowCheck(finer - log_prob, on_the_way - log_prob, distance)
+    finer = ode.replace(num_steps=2 * flow.num_steps, sampler=None)
+    axes = tuple(range(-len(flow.event_shape), 0)) or None
+    distance = jnp.abs(ode.to_noise(x) - noise).max(axes)
+    drawn, fine = (flow.prior.space.to_data(o.from_noise(noise)) for o in (ode, finer))
+    off = jnp.sqrt(jnp.square((drawn - fine) / fine.std(0)).mean(axes))
+    return FlowCheck(finer.log_prob(x) - log_prob, on_the_way - log_prob, distance, off)

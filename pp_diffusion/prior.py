@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from numpyro.distributions import constraints
@@ -20,10 +21,22 @@ from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import value_of
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.reverse import ReverseProcess
+from pp_diffusion.uncomputed import uncomputed
 
 _NO_MOMENTS = (
     "a DiffusionPrior's {} is an integral over trajectories, and has no closed form. Estimate it from draws: "
     "prior.sample(rng_key, (10_000,)).{}(0)"
+)
+
+_NO_LOG_PROB = (
+    "a DiffusionPrior's log density is an integral over trajectories, and is not estimated in silence. The same "
+    "network has a density as a flow, diffusion.flow(params), which works with NUTS and SVI. "
+    "For a posterior in a model with a site numpyro.sample(name, prior), use pp_diffusion.SMC(model, ...), "
+    "or NUTS over the trajectory's noise: "
+    "numpyro.handlers.reparam(model, config={name: pp_diffusion.TrajectoryReparam()}). "
+    "For a density value, use pp_diffusion.lower_bound, or make the prior with "
+    "log_prob=pp_diffusion.Bound(rng_key) (a lower bound) or "
+    "log_prob=pp_diffusion.Importance(rng_key, num_trajectories)"
 )
 
 
@@ -169,16 +182,8 @@ class DiffusionPrior(dist.Distribution):
         :raises NotImplementedError: if the prior was made without such a rule.
         """
         if self.log_prob_rule is None:
-            raise NotImplementedError(
-                "a DiffusionPrior's log density is an integral over trajectories, and is not estimated in silence. "
-                "For a posterior in a model with a site numpyro.sample(name, prior), use pp_diffusion.SMC(model, ...), "
-                "or NUTS over the trajectory's noise: "
-                "numpyro.handlers.reparam(model, config={name: pp_diffusion.TrajectoryReparam()}). "
-                "For a density value, use pp_diffusion.lower_bound, or make the prior with "
-                "log_prob=pp_diffusion.Bound(rng_key) (a lower bound) or "
-                "log_prob=pp_diffusion.Importance(rng_key, num_trajectories). numpyro.render_model asks for it too: "
-                "give it prior.with_log_prob(pp_diffusion.Bound(rng_key))"
-            )
+            batch = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
+            return uncomputed(_NO_LOG_PROB, jnp.broadcast_shapes(batch, self.batch_shape), (value, self))
         return self.log_prob_rule.log_prob(self, value)
 
 

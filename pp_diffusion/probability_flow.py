@@ -31,9 +31,10 @@ from jax.extend.core import Literal
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.reverse import ReverseProcess
 from pp_diffusion.schedules import Rates
-from pp_diffusion.solvers import RungeKutta
+from pp_diffusion.solvers import Multistep, RungeKutta
 
 WIDTH = 4.0  # of the log-SNRs about 0 that get most of the steps
+SAMPLER_WIDTH = 2.0  # the same for few calls
 
 
 class ProbabilityFlow(Frozen):
@@ -43,6 +44,7 @@ class ProbabilityFlow(Frozen):
     :param RungeKutta solver: the method.
     :param num_steps: steps between the first and the last level; one more goes to the data.
     :param divergence: of :math:`E[x_0 | x]`: an object as those of :mod:`pp_diffusion.divergence`.
+    :param sampler: of draws; ``None`` is the solver.
     """
 
     data_fields = ("process", "divergence")
@@ -51,14 +53,23 @@ class ProbabilityFlow(Frozen):
     solver: RungeKutta
     num_steps: int
     divergence: Any
+    sampler: Multistep | None
     between: bool
 
-    def __init__(self, process: ReverseProcess, solver: RungeKutta, num_steps: int, divergence: Any) -> None:
+    def __init__(
+        self,
+        process: ReverseProcess,
+        solver: RungeKutta,
+        num_steps: int,
+        divergence: Any,
+        sampler: Multistep | None = None,
+    ) -> None:
         self._set(
             process=process,
             solver=solver,
             num_steps=num_steps,
             divergence=divergence,
+            sampler=sampler,
             between=process.rule.shortens and not _reads_steps(process),
         )
 
@@ -69,6 +80,8 @@ class ProbabilityFlow(Frozen):
 
     def from_noise(self, noise: Array) -> Array:
         """x in the model's space, of noise of shape ``(*batch, *event_shape)``."""
+        if self.sampler is not None:
+            return self._by_sampler(self.sampler, noise)
         return self.solver.solve(self.slope, self._start(noise), *self._to_data()) / self._first_signal
 
     def from_noise_with_log_prob(self, noise: Array) -> tuple[Array, Array]:
@@ -133,6 +146,22 @@ class ProbabilityFlow(Frozen):
         event_ndim = self.process.kernel.event_ndim
         x_0, divergence = self.divergence(lambda x: self.x_0_given(x, log_snr), x, event_ndim)
         return of_x_0 * x_0 + of_x * x, of_x_0 * divergence + of_x * self._size
+
+    # --- few calls ---------------------------------------------------------------------------------------------
+
+    def _by_sampler(self, sampler: Multistep, noise: Array) -> Array:
+        """x by levels in equal steps of an s of its own, or the trained ones next to them, where it knows no more."""
+        ends = jnp.arcsinh(jnp.stack([self._last_log_snr, self.levels.log_snr[0]]) / SAMPLER_WIDTH)
+        size = sampler.num_calls - 1
+        at = ends[0] + (ends[1] - ends[0]) * jnp.arange(size) / max(size - 1, 1)
+        wanted, trained = SAMPLER_WIDTH * jnp.sinh(at), self._finite_log_snrs()
+        nearest = jnp.abs(trained - wanted[:, None]).argmin(1)
+        log_snrs = wanted if self.between else trained[nearest]
+
+        def predict(x: Array, i: Array) -> Array:
+            return self._x_0_at(x, self.levels.at(nearest[i])._replace(log_snr=log_snrs[i]))
+
+        return sampler.draw(predict, self._start(noise), log_snrs)
 
     # --- times and ends -----------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from pp_diffusion.last_step import LastStep, as_last_step
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import Network, ReverseProcess, check_context_is_named
 from pp_diffusion.schedules import Schedule
+from pp_diffusion.solvers import Multistep
 from pp_diffusion.transforms import check_transform
 
 
@@ -216,6 +217,7 @@ class Recipe(Frozen):
         context: Any = None,
         num_steps: int = 16,
         solver: Any = None,
+        sampler: Multistep | None = None,
         trace: Hutchinson | None = None,
         context_event_dim: int | None = None,
         validate_args: bool | None = None,
@@ -225,7 +227,9 @@ class Recipe(Frozen):
         ``params``, ``context`` and ``context_event_dim`` are those of :meth:`prior`, the others those of the flow.
         """
         prior = self.prior(params, context=context, context_event_dim=context_event_dim)
-        return DiffusionFlow(prior, num_steps=num_steps, solver=solver, trace=trace, validate_args=validate_args)
+        return DiffusionFlow(
+            prior, num_steps=num_steps, solver=solver, sampler=sampler, trace=trace, validate_args=validate_args
+        )
 
     # --- parameters ---------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-r"""Explicit Runge–Kutta methods with fixed steps, run by two scans: over the steps, and over their stages.
+r"""Explicit Runge–Kutta methods with fixed steps, run by two scans: over the steps, and over their stages; and
+multistep methods for draws by few network calls.
 
 Why not :func:`diffrax.diffeqsolve`, whose methods :meth:`RungeKutta.of` takes over by their tableau: under a scan the
 map has derivatives of every kind and order (:class:`~numpyro.infer.autoguide.AutoLaplaceApproximation` takes forward
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from pp_diffusion.checks import positive_int
 
 
 class RungeKutta(NamedTuple):
@@ -93,6 +96,76 @@ class RungeKutta(NamedTuple):
 
         state = jax.tree.map(lambda s: jnp.asarray(s, dtype), state)
         return jax.lax.scan(one_step, state, (jnp.asarray(starts), jnp.asarray(steps), jnp.asarray(kinds)))[0]
+
+
+class Multistep(NamedTuple):
+    r"""Draws by few calls of the network: one for each step, which the steps before it help.
+
+    An exponential integrator, which follows the linear part of the ODE exactly. With :math:`\lambda` the log-SNR,
+    :math:`\alpha, \sigma` signal and noise, and :math:`h = (\lambda' - \lambda)/2` a step,
+
+    .. math::
+        x' = \frac{\sigma'}{\sigma}\, x + \alpha' (1 - e^{-h})\, D, \qquad
+        D = E[x_0 \mid x, \lambda] + \frac{h}{2 h_{\text{before}}} \left( E[x_0 \mid x, \lambda] -
+        E[x_0 \mid x, \lambda]_{\text{before}} \right),
+
+    which is DPM-Solver++(2M) (Lu et al. 2022); of order 1, :math:`D = E[x_0 \mid x, \lambda]`, it is DDIM (Song et al.
+    2021). The last call is at the first level, where the score is held, as a flow's solver holds it:
+    :math:`x_0 = \tfrac12 (x / \alpha + E[x_0 \mid x, \lambda])`. It has no density of its own: a flow with this sampler
+    has that of its solver.
+
+    :ivar num_calls: network calls, one after another; at least 2, of which one finds where to start from.
+    :ivar order: 1 or 2.
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from pp_diffusion.solvers import Multistep
+        >>> log_snrs = jnp.linspace(-9, 9, 19)
+        >>> signal = jnp.sqrt(jax.nn.sigmoid(log_snrs))
+        >>> end = Multistep(20).draw(lambda x, i: signal[i] * x, 1.5, log_snrs)  # N(0, 1): the map leaves x as it is
+        >>> f"{end:.1f}"
+        '1.5'
+    """
+
+    num_calls: int = 20
+    order: int = 2
+
+    def checked(self) -> Self:
+        """Itself.
+
+        :raises ValueError: naming what cannot be.
+        """
+        if positive_int("num_calls", self.num_calls) < 2:
+            raise ValueError("num_calls must be at least 2: one finds where to start from")
+        if self.order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2; got {self.order!r}")
+        return self
+
+    def draw(self, predict: Callable[[Array, Array], Array], x: Any, log_snrs: Any) -> Array:
+        """x at the data.
+
+        :param predict: ``(x, i)`` -> E[x_0 | x] at the i-th of the levels.
+        :param x: at the first of the levels.
+        :param log_snrs: of the levels, from noise to data; equal ones stand still.
+        """
+        x, log_snrs = jnp.asarray(x, jnp.result_type(float)), jnp.asarray(log_snrs, jnp.result_type(float))
+        predict = jax.checkpoint(predict, prevent_cse=False)
+        steps = 0.5 * jnp.diff(log_snrs)
+        before = jnp.append(0.0, steps[:-1])
+        share = jnp.where(before > 0, 0.5 * (self.order - 1) * steps / jnp.where(before > 0, before, 1.0), 0.0)
+        log_noise, signal = 0.5 * jax.nn.log_sigmoid(-log_snrs), jnp.sqrt(jax.nn.sigmoid(log_snrs))
+        of_x, of_x_0 = jnp.exp(jnp.diff(log_noise)), -signal[1:] * jnp.expm1(-steps)
+
+        def step(carry: tuple[Array, Array], at: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+            x, last = carry
+            i, share, of_x, of_x_0 = at
+            x_0 = predict(x, i)
+            return (of_x * x + of_x_0 * (x_0 + share * (x_0 - last)), x_0), None
+
+        at = (jnp.arange(len(steps)), share, of_x, of_x_0)
+        (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), at)
+        return 0.5 * (x / signal[-1] + predict(x, jnp.asarray(len(steps))))
 
 
 #: Order 1: DDIM's, with steps in another time.

@@ -18,7 +18,10 @@ import pp_diffusion as ppd
 from benchmarks import (
     digits,
     flow,
+    flow_accuracy,
     flow_density,
+    flow_draws,
+    flow_posteriors,
     gpu,
     gradient_variance,
     image_baselines,
@@ -189,6 +192,9 @@ NOTES = {  # of rows that time nothing
     precision: ".* bits",
     flow: ".* bits",
     digits: r".* bits/dim, .*( s|% bound only)",
+    flow_accuracy: rf".*{FIGURE}( .*)?",
+    flow_draws: "distance .*",
+    flow_posteriors: "(TV|R-hat|90 % intervals) .*",
     posterior: r"(twist: .*; )?log Z .*, (modes' TV .*, SW|TV on 20 × 20 cells) .*",
 }
 
@@ -200,6 +206,9 @@ LONG = [
     gradient_variance,
     precision,
     flow,
+    flow_accuracy,
+    flow_draws,
+    flow_posteriors,
     digits,
     posterior,
     unet_step,

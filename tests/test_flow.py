@@ -53,7 +53,9 @@ def test_check_measures_the_error_of_the_steps(capsys):
     assert coarse.halved.shape == coarse.round_trip.shape == coarse.noise.shape == (64,)
     fine.print_summary()
     out = capsys.readouterr().out
-    assert "halved steps" in out and "there and back" in out and "found again" in out
+    assert "halved steps" in out and "there and back" in out and "found again" in out and "standard deviation" in out
+    few = FLOW.__class__(FLOW.prior, num_steps=6, solver=solvers.RK4, sampler=solvers.Multistep(20)).check(KEY, num=64)
+    assert 0.1 > few.draws.mean() > 20 * fine.draws.mean() > 0
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,11 @@ def test_refusals():
         one_step.flow({})
     with pytest.raises(ValueError, match="num_steps"):
         TWO.diffusion().flow({}, num_steps=0)
+    with pytest.raises(TypeError, match="sampler must be a"):
+        TWO.diffusion().flow({}, sampler=solvers.EULER)
+    for wrong in (solvers.Multistep(1), solvers.Multistep(9, order=3)):
+        with pytest.raises(ValueError, match=r"num_calls|order"):
+            TWO.diffusion().flow({}, sampler=wrong)
     for moment in ("mean", "variance"):
         with pytest.raises(NotImplementedError, match="sample"):
             getattr(FLOW, moment)

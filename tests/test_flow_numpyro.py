@@ -1,5 +1,7 @@
 """What NumPyro does with a distribution, it does with a flow: each against the exact answer for normal data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,50 @@ def test_draws_without_their_noise():
     assert np.abs(again["y"] - x).max() < 4 * NOISE
 
 
+def three_rows(y=None, prior=FLOW):
+    with numpyro.plate("rows", 3):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=y)
+
+
+CHAIN = NORMAL.diffusion().prior({}, num_timesteps=2)  # whose noise has three entries
+
+
+@pytest.mark.parametrize(
+    "program, strategy, prior, own, others",
+    [
+        (model, ppd.FlowReparam, FLOW, (2,), [(3, 2)]),
+        (model, ppd.TrajectoryReparam, CHAIN, (3, 2), [(2,), (5, 2)]),
+        (three_rows, ppd.FlowReparam, FLOW, (3, 2), [(2,), (3, 3, 2)]),
+        (three_rows, ppd.TrajectoryReparam, CHAIN, (3, 3, 2), [(3, 2), (3, 5, 2)]),
+    ],
+)
+def test_noise_that_is_not_ones_own(program, strategy, prior, own, others):
+    """Another strategy's, also where there are as many rows as entries; of another length; of other plates."""
+    shape = (3, 2) if program is three_rows else (2,)
+    program = handlers.reparam(partial(program, prior=prior), config={"x": strategy()})
+    x = 10 * jnp.arange(4.0).reshape(4, *(1,) * len(shape)) * jnp.ones(shape)
+    for other in others:
+        stale = {"x_noise": jnp.zeros((4, *other))}
+        with pytest.raises(ValueError, match=r"'x_noise' is given values of shape .* not the noise of this"):
+            Predictive(program, stale)(jax.random.key(0))
+        y = Predictive(program, {"x": x, **stale})(jax.random.key(0))["y"]
+        np.testing.assert_allclose(y, x, atol=5 * NOISE)
+    noise = jax.random.normal(jax.random.key(1), (4, *own))
+    drawn = Predictive(program, {"x": x, "x_noise": noise}, return_sites=["x"])(jax.random.key(0))["x"]
+    assert np.abs(drawn - x).max() > 5
+    with pytest.raises(ValueError, match="site 'x' is given values of shape"):
+        Predictive(program, {"x": x[..., :1]})(jax.random.key(0))
+
+
+def test_a_trajectory_has_one_noise_for_all_labels():
+    """Where a label is enumerated, x has a value for each."""
+    prior = LABELLED.diffusion().prior({}, context=jnp.eye(3), context_event_dim=1, num_timesteps=4)
+    program = handlers.reparam(lambda: numpyro.sample("x", prior), config={"x": ppd.TrajectoryReparam()})
+    x = handlers.substitute(program, {"x_noise": jnp.zeros((5, 2))})()
+    np.testing.assert_allclose(x - x[0], CENTRES, atol=1e-4)
+
+
 @SLOW
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoIAFNormal])
 @pytest.mark.slow
@@ -149,10 +195,18 @@ def test_mixture_of_two_flows():
     assert abs(z_score((draws > 2.5).all(-1), 0.75)) < Z
 
 
-def labelled(y=None):
+def flow_of_label(label):
+    return LABELLED.diffusion().flow({}, context=jax.nn.one_hot(label, 3), context_event_dim=1, **BRIEF)
+
+
+def chain_of_label(label):
+    schedule = ppd.FixedSchedule.log_linear(8, 0.02, -8.0)
+    return LABELLED.diffusion(schedule).prior({}, context=jax.nn.one_hot(label, 3), context_event_dim=1)
+
+
+def labelled(y=None, law=flow_of_label):
     label = numpyro.sample("label", dist.Categorical(jnp.asarray(SHARES)), infer={"enumerate": "parallel"})
-    prior = LABELLED.diffusion().flow({}, context=jax.nn.one_hot(label, 3), context_event_dim=1, **BRIEF)
-    x = numpyro.sample("x", prior)
+    x = numpyro.sample("x", law(label))
     numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
@@ -169,19 +223,45 @@ def test_enumeration_of_a_label():
 
 
 @SLOW
-@pytest.mark.slow
-def test_enumeration_of_a_label_over_noise():
+@pytest.mark.parametrize("strategy", [ppd.FlowReparam, ppd.TrajectoryReparam])
+def test_enumeration_of_a_label_over_noise(strategy):
     """The noise is one for all labels, and x has one value for each."""
     pytest.importorskip("funsor")
-    y = jnp.array([1.5, 1.5])
-    program = handlers.reparam(labelled, config=REPARAM)
-    draws = nuts(program, y, num_samples=400).get_samples()
-    assert draws["x_noise"].shape == (800, 2)
-    # x = N(centre, 1)'s map of the noise: given a label, the noise is normal about half its residual
+    y, is_flow = jnp.array([1.5, 1.5]), strategy is ppd.FlowReparam
+    program = partial(labelled, law=flow_of_label if is_flow else chain_of_label)
+    program = handlers.reparam(program, config={"x": strategy()})
+    fitted = nuts(program, y, num_samples=400)
+    draws = fitted.get_samples()
+    assert draws["x_noise"].shape == ((800, 2) if is_flow else (800, 9, 2))
     log_weights = np.log(SHARES) - 0.25 * np.sum((np.asarray(y) - CENTRES) ** 2, -1)
     exact = np.exp(log_weights - np.logaddexp.reduce(log_weights))
-    mean = exact @ (np.asarray(y) - CENTRES) / 2
-    assert np.abs(draws["x_noise"].mean(0) - mean).max() < 0.25
+    if is_flow:  # x = N(centre, 1)'s map of the noise: given a label, the noise is normal about half its residual
+        mean = exact @ (np.asarray(y) - CENTRES) / 2
+        assert np.abs(draws["x_noise"].mean(0) - mean).max() < 0.25
+    found = Predictive(program, draws, infer_discrete=True)(jax.random.key(3), y)
+    assert abs(np.bincount(found["label"], minlength=3) / 800 - exact).max() < 0.12
+    assert np.abs(found["x"].mean(0) - exact @ (CENTRES + np.asarray(y)) / 2).max() < 0.35
+
+
+def rows_with_labels(y=None):
+    with numpyro.plate("rows", 4):
+        label = numpyro.sample("label", dist.Categorical(jnp.asarray(SHARES)), infer={"enumerate": "parallel"})
+        x = numpyro.sample("x", flow_of_label(label))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def test_enumeration_in_a_plate():
+    """A label for each row, summed out: the joint density of all x is the product of the rows' mixtures."""
+    pytest.importorskip("funsor")
+    from numpyro.contrib.funsor import config_enumerate, enum
+    from numpyro.contrib.funsor import log_density as summed
+
+    x = jnp.asarray([[0.3, -0.2], [3.1, 2.5], [-2.0, 1.0], [1.0, 1.0]])
+    program = enum(config_enumerate(rows_with_labels), first_available_dim=-2)
+    found, _ = summed(program, (x,), {}, {"x": x})
+    each = np.log(SHARES) + dist.Normal(CENTRES, 1.0).to_event(1).log_prob(x[:, None])
+    exact = np.logaddexp.reduce(each, -1).sum() + 4 * dist.Normal(0.0, 1.0).log_prob(0.0) * 2
+    np.testing.assert_allclose(found, exact, atol=0.1)
 
 
 def test_condition_do_mask_scale():

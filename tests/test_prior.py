@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from numpyro.infer.inspect import get_model_relations
 
 import pp_diffusion as ppd
 
@@ -360,11 +361,26 @@ def test_a_prior_made_of_another():
 
 
 def test_a_model_with_a_prior_is_drawn():
-    """``render_model`` asks for log densities, to see what depends on what; any rule does."""
+    """``render_model`` asks what log densities depend on, and for no value: with a rule for it and without."""
     pytest.importorskip("graphviz")
-    prior = PRIORS["mlp"]()
-    with pytest.raises(NotImplementedError, match=r"numpyro.render_model asks for it too"):
-        numpyro.render_model(users_model, (prior, 3, jnp.zeros(3)))
-    prior = prior.with_log_prob(ppd.Bound(jax.random.key(0)))
-    graph = numpyro.render_model(users_model, (prior, 3, jnp.zeros(3)), render_distributions=True)
-    assert "x ~ DiffusionPrior" in graph.source
+    for rule in (None, ppd.Bound(jax.random.key(0))):
+        prior = PRIORS["mlp"](log_prob=rule)
+        graph = numpyro.render_model(users_model, (prior, 3, jnp.zeros(3)), render_distributions=True)
+        assert "x ~ DiffusionPrior" in graph.source
+        assert {"x -> y", "scale -> y"} <= {line.strip() for line in graph.source.splitlines()}
+
+
+def test_the_graph_has_what_a_context_depends_on():
+    def model():
+        z = numpyro.sample("z", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+        numpyro.sample("x", PRIORS["one label"]().with_context(z))
+
+    relations = get_model_relations(model)
+    assert relations["sample_sample"] == {"z": [], "x": ["z"]}
+
+
+@pytest.mark.parametrize("use", [lambda f, x: f(x), lambda f, x: jax.jit(f)(x), lambda f, x: jax.grad(f)(x),
+                                 lambda f, x: jax.vmap(f)(x[None])])  # fmt: skip
+def test_no_program_computes_a_density_that_there_is_not(use):
+    with pytest.raises(NotImplementedError, match=r"(?s)diffusion.flow.*SMC.*TrajectoryReparam"):
+        use(PRIORS["mlp"]().log_prob, jnp.zeros(2))

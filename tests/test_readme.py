@@ -15,7 +15,7 @@ def test_scripts_run(tmp_path, monkeypatch, capsys):
         .replace("4_000", "20")
         .replace("50_000", "600, 100")
         .replace("constant_erasure(2000)", "constant_erasure(20)")
-        .replace("num_warmup=500, num_samples=1000", "num_warmup=2, num_samples=3, progress_bar=False")
+        .replace("num_warmup=300, num_samples=500", "num_warmup=2, num_samples=3, progress_bar=False")
         .replace("num_particles=1024", "num_particles=32, progress_bar=False")
     )
     script = script.replace("progress_bar=True", "progress_bar=False")
@@ -24,9 +24,10 @@ def test_scripts_run(tmp_path, monkeypatch, capsys):
     assert scope["x"].shape == (1000, 2)
     assert scope["simulated"]["y"].shape == (100, 1)
     assert scope["replicated"]["y"].shape == (32, 1)
-    assert set(scope["mcmc"].get_samples()) == {"x", "sigma"}
+    assert set(scope["mcmc"].get_samples()) == {"x", "x_noise", "sigma"}
     assert scope["samples"].shape == (100, 2)
-    assert "K - L_null" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "K - L_null" in out and "r_hat" in out
 
 
 def test_every_public_name_is_real():

@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
+from numpyro.infer import Predictive
 from scipy.stats import multivariate_normal, norm
 
 import pp_diffusion as ppd
@@ -57,6 +58,35 @@ def check_evidence(smc, truth):
     """exp(log Z - truth) has mean 1 over chains, within its error."""
     ratios = np.exp(np.asarray(smc.to_arviz()["sample_stats"]["log_evidence"], np.float64) - truth)
     assert abs(z_score(ratios, 1.0)) < Z
+
+
+def test_deterministic_sites():
+    """Of x, of a latent, of both and of neither; not those of what is left to Predictive, or of chance."""
+
+    def model(y):
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        numpyro.deterministic("variance", scale**2)
+        numpyro.deterministic("one", 1.0)
+        with numpyro.plate("n", 2):
+            x = numpyro.sample("x", PAIR)
+            numpyro.deterministic("sum", x.sum(-1))
+            numpyro.deterministic("scaled", scale * x)
+            later = numpyro.sample("later", dist.Normal(x[..., 0], 1.0))
+            numpyro.deterministic("of later", 2 * later)
+            numpyro.sample("y", dist.Normal(x, 0.5 + scale).to_event(1), obs=y)
+        numpyro.deterministic("of chance", jax.random.normal(numpyro.prng_key()))
+
+    smc = run(model, jnp.ones((2, 2)), num_particles=50, num_chains=2, num_moves=0, twist="constant", plain_share=0.0)
+    for chains, shape in ((False, (100,)), (True, (2, 50))):
+        draws = smc.get_samples(group_by_chain=chains)
+        assert set(draws) == {"x", "scale", "variance", "one", "sum", "scaled"}
+        assert draws["scaled"].shape == (*shape, 2, 2) and draws["one"].shape == shape
+        np.testing.assert_allclose(draws["variance"], draws["scale"] ** 2, rtol=1e-6)
+        np.testing.assert_allclose(draws["sum"], draws["x"].sum(-1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(draws["scaled"], draws["scale"][..., None, None] * draws["x"], rtol=1e-6)
+    assert smc.to_arviz()["posterior"]["sum"].shape == (2, 50, 2)
+    again = Predictive(model, smc.get_samples())(KEY, None)
+    assert again["of later"].shape == (100, 2)
 
 
 # --- plates whose elements are not independent -----------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from pp_diffusion.checks import check_key, positive_int, typed_key
 from pp_diffusion.compiling import jit_once
 from pp_diffusion.posterior.factors import read_model
+from pp_diffusion.posterior.outcome import print_moments
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
@@ -202,7 +202,8 @@ class SMC:
         return self._done.sampler.factors.observed_values()
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
-        """Draws of the posterior, of equal weights: all latent sites, in data units.
+        """Draws of the posterior, of equal weights: all latent sites, in data units, and the deterministic sites that
+        they tell.
 
         :param group_by_chain: shape ``(num_chains, num_particles, …)``, each chain's own. Otherwise
             ``(num_chains * num_particles, …)``, with the chains drawn from in proportion to their evidence.
@@ -213,21 +214,8 @@ class SMC:
     def print_summary(self, max_rows: int = 20) -> None:
         """Prints the latents' moments and quantiles (the first ``max_rows`` numbers), the evidence, and how far the
         particles can be trusted."""
-        run, samples = self._done, self.get_samples()
-        rows = []
-        for name, values in samples.items():
-            shape = values.shape[1:]
-            columns = np.asarray(values, np.float64).reshape(len(values), -1).T
-            for i, column in enumerate(columns[: max_rows + 1]):
-                label = name + (str(list(map(int, np.unravel_index(i, shape)))).replace(" ", "") if shape else "")
-                low, median, high = np.quantile(column, [0.05, 0.5, 0.95])
-                rows.append((label, column.mean(), column.std(), median, low, high))
-        total = sum(math.prod(values.shape[1:]) for values in samples.values())
-        print(f"{'':>16}" + "".join(f"{n:>10}" for n in ("mean", "std", "median", "5.0%", "95.0%")))
-        for label, *numbers in rows[:max_rows]:
-            print(f"{label:>16}" + "".join(f"{number:>10.3f}" for number in numbers))
-        if total > max_rows:
-            print(f"{'':>4}(the first {max_rows} of {total} numbers)")
+        run = self._done
+        print_moments(self.get_samples(), max_rows)
         print(run.in_words())
 
     def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None) -> Any:

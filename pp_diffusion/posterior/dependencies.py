@@ -24,11 +24,13 @@ class Dependencies(NamedTuple):
     :ivar of: per site, the names of latents, that of x, and :data:`SEED`.
     :ivar dropped: latents whose density depends on x, if only through others.
     :ivar data: the observed sites whose values depend on nothing.
+    :ivar deterministic: the deterministic sites that depend neither on the seed nor on what is dropped.
     """
 
     of: dict[str, frozenset[str]]
     dropped: tuple[str, ...]
     data: tuple[str, ...]
+    deterministic: tuple[str, ...]
 
 
 def dependencies(
@@ -58,7 +60,9 @@ def dependencies(
     while more := {n for n in latents if of[n] & dropped} - dropped:
         dropped |= more
     data = tuple(n for n, d in found.observations.items() if not d)
-    return Dependencies(of, tuple(n for n in latents if n in dropped), data)
+    enters: dict[str, Any] = found.deterministic
+    told = tuple(n for n, d in enters.items() if not d & {SEED, *dropped})
+    return Dependencies(of, tuple(n for n in latents if n in dropped), data, told)
 
 
 def _is_set(part: Any) -> bool:

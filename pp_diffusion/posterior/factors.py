@@ -323,6 +323,7 @@ def _reader(
         observed=tuple(site(n, m) for n, m in observed.items()),
         transform=sites.prior.transform,
         sets_known=space.sets_known,
+        deterministic=depends.deterministic,
         shapes=tuple((n, u.shape, u.dtype) for n, u in sites.values.items()),
     )
 

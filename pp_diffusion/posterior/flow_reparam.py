@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-import numpyro
-import numpyro.distributions as dist
 from jax import Array
-from numpyro import handlers
-from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.flow import DiffusionFlow
-from pp_diffusion.posterior.substituted import substituted
+from pp_diffusion.posterior.noise_reparam import NoiseReparam
+from pp_diffusion.prior import DiffusionPrior
 
 
-class FlowReparam(Reparam):
+class FlowReparam(NoiseReparam):
     r"""Replaces ``numpyro.sample(name, flow)`` by standard normal noise and the map from it to x.
 
     The noise is the sample site ``f"{name}_noise"``, of x's shape; x becomes a deterministic site, in data units. The
@@ -48,26 +44,16 @@ class FlowReparam(Reparam):
         {'x': (30, 2), 'x_noise': (30, 2)}
     """
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[dist.Distribution | None, Array | None]:
-        """The value of the site, as NumPyro's ``reparam`` handler asks for it."""
-        if obs is not None:
-            return fn, obs
-        flow, batch_shape, event_dim = self._unwrap(fn)
-        if isinstance(flow, dist.MaskedDistribution) or not isinstance(numpyro.get_mask(), bool | None):
-            raise ValueError(f"site {name!r} is masked, which FlowReparam does not support: mask its likelihood")
-        if not isinstance(flow, DiffusionFlow):
-            raise TypeError(
-                f"FlowReparam needs a DiffusionFlow at site {name!r}, expanded or with to_event; got a "
-                f"{type(flow).__name__}. For a DiffusionPrior, use pp_diffusion.TrajectoryReparam"
-            )
-        if (x := substituted(name)) is not None and substituted(f"{name}_noise") is None:
-            return None, jnp.asarray(x)  # draws from which the noise was left out
-        standard_normal = dist.Normal(0.0, 1.0).expand((*batch_shape, *flow.event_shape)).to_event(event_dim)
-        with handlers.trace() as trace:
-            noise = numpyro.sample(f"{name}_noise", standard_normal)
-        if any(site.get("scale") is not None for site in trace.values()):
-            raise ValueError(
-                f"site {name!r} is scaled (handlers.scale, a subsampled plate), which FlowReparam does not support: "
-                "a power of the noise's density is not that power of x's. Leave the site as it is"
-            )
-        return None, flow.from_noise(noise)
+    law_type = DiffusionFlow
+
+    def instead(self, law: Any) -> str:
+        """A prior has a strategy of its own."""
+        return ". For a DiffusionPrior, use pp_diffusion.TrajectoryReparam" if isinstance(law, DiffusionPrior) else ""
+
+    def noise_shape(self, law: DiffusionFlow) -> tuple[int, ...]:
+        """That of x."""
+        return law.event_shape
+
+    def from_noise(self, law: DiffusionFlow, noise: Array) -> Array:
+        """x, by the flow's map."""
+        return law.from_noise(noise)

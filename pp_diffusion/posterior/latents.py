@@ -38,12 +38,14 @@ def redraw_discrete(factors: Factors, rng_key: Array, latents: Latents) -> tuple
 
 
 def constrain(factors: Factors, z: Array, latents: Latents) -> Latents:
-    """All latents as the user knows them, each of the site's shape with ``(P, C)`` in front; x among them."""
+    """All latents as the user knows them, each of the site's shape with ``(P, C)`` in front; x among them, and what the
+    model makes of them in deterministic sites."""
     reader = factors.reader
 
     def values(z: Array, u: Latents) -> Latents:
         x = reader.systems.to_site(reader.in_data_units(z))
-        found = reader.measure(x, reader.join(u)).values
-        return {factors.name: x} | {site.name: found[site.name] for site in reader.latents}
+        found = reader.measure(x, reader.join(u))
+        latents = {site.name: found.values[site.name] for site in reader.latents}
+        return {factors.name: x} | latents | {name: found.deterministic[name] for name in reader.deterministic}
 
     return jax.vmap(jax.vmap(values))(z, latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -50,6 +51,11 @@ def base_of(message: Message) -> Any:
 def is_fixed(message: Message) -> bool:
     """Whether there is nothing random about a site, given those before it."""
     return isinstance(base_of(message), dist.Delta)
+
+
+def is_deterministic(message: Message) -> bool:
+    """Whether it is a ``numpyro.deterministic`` of an array."""
+    return message["type"] == "deterministic" and jax.tree_util.all_leaves([message["value"]])
 
 
 def lies_in(message: Message, frame: Any) -> bool:

@@ -11,7 +11,7 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from pp_diffusion.frozen import Frozen
-from pp_diffusion.posterior.messages import Message, log_prob_of
+from pp_diffusion.posterior.messages import Message, is_deterministic, log_prob_of
 from pp_diffusion.posterior.program import Latents, Program, Traced, full_precision
 from pp_diffusion.posterior.sites import Kind, Site, SitePart
 from pp_diffusion.posterior.systems import Layout, Systems
@@ -59,6 +59,7 @@ class Measured(NamedTuple):
     :ivar observations: what is observed there.
     :ivar values: of the latents, as the user knows them.
     :ivar log_priors: per latent, of its batch shape, in unconstrained space.
+    :ivar deterministic: values of the deterministic sites.
     :ivar prior: what the diffusion prior is made of.
     """
 
@@ -66,6 +67,7 @@ class Measured(NamedTuple):
     observations: dict[str, Array]
     values: Latents
     log_priors: dict[str, Array]
+    deterministic: dict[str, Array]
     prior: list[Any]
 
 
@@ -79,6 +81,7 @@ def measure(
         {n: jnp.asarray(trace.sites[n]["value"]) for n in kinds},
         {n: trace.sites[n]["value"] for n in latents},
         {n: _log_prior(trace.sites[n], trace.log_det.get(n)) for n in latents},
+        {n: jnp.asarray(m["value"]) for n, m in trace.sites.items() if is_deterministic(m)},
         [*jax.tree.leaves(trace.sites[name]["fn"]), trace.sites[name]["scale"]],
     )
 
@@ -105,6 +108,7 @@ class Reader(Frozen):
     :param observed: the sites that make up r.
     :param transform: from the model's space to the data's.
     :param sets_known: whether exact observations set coordinates, and are no part of r.
+    :param deterministic: the deterministic sites that x and these latents tell.
     :param shapes: of all latents that ``traced`` takes, also those that tell nothing: name, shape, dtype.
     """
 
@@ -119,6 +123,7 @@ class Reader(Frozen):
     observed: tuple[Site, ...]
     transform: Transform | None
     sets_known: bool
+    deterministic: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...], Any], ...]
 
     def __init__(
@@ -133,10 +138,12 @@ class Reader(Frozen):
         observed: tuple[Site, ...],
         transform: Transform | None,
         sets_known: bool,
+        deterministic: tuple[str, ...],
         shapes: tuple[tuple[str, tuple[int, ...], Any], ...],
     ) -> None:
         self._set(program=program, traced=traced, draws=draws, redraws=redraws, systems=systems, latents=latents)
         self._set(observed=observed, transform=transform, sets_known=sets_known, shapes=shapes)
+        self._set(deterministic=deterministic)
 
     def in_data_units(self, z: Array) -> Array:
         """States of the model's space in data units."""

@@ -75,7 +75,10 @@ def check_dependencies(name: str, telling: Iterable[str], depends: Depends, drop
     if latent := depends[name] - {SEED}:
         raise ValueError(
             f"site {name!r}: its prior depends on the latent site {in_words(latent)} (through context, say), and "
-            "the path's density with it; use NUTS with pp_diffusion.TrajectoryReparam, which handles that"
+            "the path's density with it. Take NUTS over the noise, of the same network as a flow, "
+            "diffusion.flow(params, context=...), with pp_diffusion.FlowReparam, or of this prior, with "
+            "pp_diffusion.TrajectoryReparam. A discrete latent is summed out there, by "
+            "infer={'enumerate': 'parallel'}; or run SMC for each of its values, and weigh them by log_evidence"
         )
     for site in telling:
         if wrong := depends[site] & set(dropped):

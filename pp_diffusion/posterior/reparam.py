@@ -6,18 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
 import numpyro.distributions as dist
 from jax import Array
-from numpyro import handlers
-from numpyro.infer.reparam import Reparam
 
 from pp_diffusion.chain import walk
-from pp_diffusion.posterior.substituted import substituted
+from pp_diffusion.flow import DiffusionFlow
+from pp_diffusion.posterior.noise_reparam import NoiseReparam
 from pp_diffusion.prior import DiffusionPrior
 
 
-class TrajectoryReparam(Reparam):
+class TrajectoryReparam(NoiseReparam):
     r"""Replaces ``numpyro.sample(name, prior)`` by the standard normal noise of the trajectory behind it.
 
     .. math::
@@ -63,44 +61,41 @@ class TrajectoryReparam(Reparam):
         {'x': (30, 2)}
     """
 
-    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Array]:
-        """The value of the site, as NumPyro's ``reparam`` handler asks for it."""
-        if obs is not None:
+    law_type = DiffusionPrior
+
+    def observed(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[dist.Distribution, Any]:
+        """Refused: x does not tell its noise."""
+        raise ValueError(
+            f"site {name!r} is observed, and TrajectoryReparam is for latent sites: x does not tell its noise. For "
+            "the density of data, use pp_diffusion.estimate_log_prob"
+        )
+
+    def instead(self, law: Any) -> str:
+        """A flow has a strategy of its own."""
+        return ". For a DiffusionFlow, use pp_diffusion.FlowReparam" if isinstance(law, DiffusionFlow) else ""
+
+    def check(self, name: str, law: DiffusionPrior) -> None:
+        """Refuses discrete priors."""
+        if law.kernel.support.is_discrete:
             raise ValueError(
-                f"site {name!r} is observed, and TrajectoryReparam is for latent sites: x does not tell its noise. For "
-                "the density of data, use pp_diffusion.estimate_log_prob"
-            )
-        prior, batch_shape, event_dim = self._unwrap(fn)
-        if isinstance(prior, dist.MaskedDistribution) or not isinstance(numpyro.get_mask(), bool | None):
-            raise ValueError(f"site {name!r} is masked, which TrajectoryReparam does not support: mask its likelihood")
-        if not isinstance(prior, DiffusionPrior):
-            raise TypeError(
-                f"TrajectoryReparam needs a DiffusionPrior at site {name!r}, expanded or with to_event; got a "
-                f"{type(prior).__name__}"
-            )
-        kernel = prior.kernel
-        if kernel.support.is_discrete:
-            raise ValueError(
-                f"site {name!r} has a {type(kernel).__name__}, whose draws are discrete: TrajectoryReparam is for "
+                f"site {name!r} has a {type(law.kernel).__name__}, whose draws are discrete: TrajectoryReparam is for "
                 "Gaussian kernels. Use pp_diffusion.SMC(model, ...)"
             )
-        if prior.support.is_discrete:
+        if law.support.is_discrete:
             raise ValueError(
                 f"site {name!r} has last_step='discretized', whose draws are integers: TrajectoryReparam is for "
                 "continuous priors"
             )
-        if (x := substituted(name)) is not None and substituted(f"{name}_noise") is None:
-            return None, jnp.asarray(x)  # draws from which the noise was left out
-        noise_shape = (*batch_shape, prior.num_timesteps + 1, *prior.event_shape)
-        standard_normal = dist.Normal(0.0, 1.0).expand(noise_shape).to_event(event_dim + 1)
-        with handlers.trace() as trace:
-            noise = numpyro.sample(f"{name}_noise", standard_normal)
-        if any(site.get("scale") is not None for site in trace.values()):
-            raise ValueError(
-                f"site {name!r} is scaled, by handlers.scale or a subsampled plate, which TrajectoryReparam does not "
-                "support: a power of the noise's density is not that power of x's"
-            )
-        return None, _from_noise(prior, noise)
+
+    def noise_shape(self, law: DiffusionPrior) -> tuple[int, ...]:
+        """``(T + 1, *event_shape)``."""
+        return (law.num_timesteps + 1, *law.event_shape)
+
+    def from_noise(self, law: DiffusionPrior, noise: Array) -> Array:
+        """x, by the whole trajectory."""
+        batch_shape = noise.shape[: noise.ndim - 1 - len(law.event_shape)]
+        batch_shape = jnp.broadcast_shapes(batch_shape, law.batch_shape)
+        return _from_noise(law, jnp.broadcast_to(noise, batch_shape + self.noise_shape(law)))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Whether a program runs with the value of a site given, asked before the site is there."""
+"""What a program runs under, asked before a site is there: values that are given, and plates."""
 
 from __future__ import annotations
 
@@ -20,8 +20,18 @@ def substituted(name: str) -> Any:
     :class:`~numpyro.infer.Predictive` and :func:`~numpyro.infer.log_likelihood` hand on draws by that handler, but what
     a strategy makes of a site, a deterministic one, is not theirs to set.
     """
+    return _ask("mutable", name)["value"]  # which that handler answers, and no other reads
+
+
+def num_plate_axes() -> int:
+    """How many axes, counted from the right, the plates around take up."""
+    frames = _ask("deterministic", "")["cond_indep_stack"]
+    return max((-frame.dim for frame in frames), default=0)
+
+
+def _ask(kind: str, name: str) -> Any:
     question = _Question(
-        type="mutable",  # which that handler answers, and no other reads
+        type=kind,
         name=name,
         fn=lambda: None,
         args=(),
@@ -30,4 +40,4 @@ def substituted(name: str) -> Any:
         cond_indep_stack=[],
         infer={},
     )
-    return apply_stack(question)["value"]
+    return apply_stack(question)

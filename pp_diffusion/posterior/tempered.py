@@ -2,38 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.flatten_util import ravel_pytree
-from numpyro import handlers
-from numpyro.diagnostics import print_summary
-from numpyro.distributions import biject_to
+from numpyro.handlers import seed
+from numpyro.infer import log_likelihood
 
-from pp_diffusion.checks import positive_int
+from pp_diffusion import inference_data
+from pp_diffusion.checks import check_key, positive_int, typed_key
+from pp_diffusion.posterior.outcome import Outcome, dataset, independent_draws, print_moments
 from pp_diffusion.posterior.particles import ess, gather, log_mean, systematic
+from pp_diffusion.posterior.target import Target, read_target
+from pp_diffusion.posterior.tempering import MOST_TEMPERATURES, Moves, TemperedState, start, temper
+from pp_diffusion.posterior.verdicts import BELIEVABLE, COLLAPSED, Findings, Plain, Verdict
 
-#: Of the moves' step size.
-TARGET_ACCEPTANCE = 0.8
 
+class TemperedRun(Outcome):
+    """The outcome of a run.
 
-class _State(NamedTuple):
-    """One chain's particles; ``position`` has shape (P, d), all else of them (P,)."""
+    :param state: of all chains, which are the first axis.
+    :param samples: all latent and deterministic sites, chain by chain.
+    :param observed: what was observed.
+    :param model: the user's model with its arguments bound.
+    :param plain: a second estimate of the evidence, by the draws of the prior that the particles started from.
+    """
 
-    rng_key: Array
-    position: Array
-    log_prior: Array
-    log_likelihood: Array
-    temperature: Array
-    log_evidence: Array
-    step_size: Array
-    acceptance: Array
-    num_temperatures: Array
+    def __init__(
+        self,
+        state: TemperedState,
+        samples: dict[str, Array],
+        observed: dict[str, Array],
+        model: Callable[[], Any],
+        plain: Plain,
+    ) -> None:
+        self.state, self.by_chain, self.observed, self.model = state, samples, observed, model
+        chains = len(state.log_evidence)
+        positions = jnp.moveaxis(state.position, 0, 1)[:, :, None]
+        independent = independent_draws(positions) if chains > 1 else np.full(1, np.inf)
+        findings = Findings(
+            log_evidences=np.asarray(state.log_evidence, np.float64)[:, None],
+            final_ess=np.asarray(state.ess, np.float64)[:, None],
+            least_ess=np.asarray(state.least_ess, np.float64)[:, None],
+            independent_draws=np.asarray(independent, np.float64),
+            num_particles=state.position.shape[1],
+            plain=plain,
+        )
+        super().__init__(findings)
+
+    @property
+    def advice(self) -> str:
+        return "take more particles, or more moves at each temperature"
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        (found,) = super().verdicts
+        cold = int(np.sum(np.asarray(self.state.temperature) < 1))
+        if not cold:
+            return [found]
+        reason = f"{cold} of {self.num_chains} chains did not come to the end in {MOST_TEMPERATURES} temperatures"
+        return [Verdict(COLLAPSED, (*found.reasons, reason))]
+
+    def check(self) -> None:
+        """Refuses an outcome without any likelihood.
+
+        :raises ValueError: if r is zero or NaN at every particle.
+        """
+        if np.isneginf(self.log_evidences).all():
+            names = ", ".join(map(repr, self.observed)) or "numpyro.factor"
+            raise ValueError(f"the model's likelihood is zero or NaN at every particle; it is that of {names}")
+
+    @property
+    def grouped(self) -> dict[str, Array]:
+        """Each chain's draws.
+
+        :raises RuntimeError: if there are none of some chain.
+        """
+        if dead := self.dead_chains:
+            raise RuntimeError(f"chains {dead} have no draws: the likelihood is zero at all of their particles")
+        return self.by_chain
+
+    @cached_property
+    def pooled(self) -> dict[str, Array]:
+        """All chains' draws, drawn in proportion to the chains' evidence."""
+        each = np.broadcast_to(self.state.log_evidence[:, None], (self.num_chains, self.num_particles))
+        index = systematic(jax.random.fold_in(self.state.rng_key[0], 1), jnp.asarray(each).reshape(-1))
+        return gather(index, {n: a.reshape(-1, *a.shape[2:]) for n, a in self.by_chain.items()})
+
+    def in_words(self) -> str:
+        """How far the particles can be trusted."""
+        state = self.state
+        lines = [
+            self.evidence_in_words(),
+            f"{self.num_particles} particles in {self.num_chains} chains; {int(state.num_temperatures.max())} "
+            f"temperatures, at the last of which {float(state.ess.min()):.0f} were effective and "
+            f"{float(state.acceptance.mean()):.2f} of the moves accepted",
+            self.verdict_in_words(),
+        ]
+        return "\n".join(lines)
 
 
 class TemperedSMC:
@@ -46,9 +116,12 @@ class TemperedSMC:
     by their weights, which no chain of NUTS does; at each temperature they are resampled and then moved by Hamiltonian
     steps, scaled to the particles.
 
+    A run is judged as one of :class:`~pp_diffusion.SMC`: by how far its chains agree, and by the plain draws of the
+    prior that it starts from.
+
     :param model: the model, all of whose latents are continuous (enumeration is not supported here).
     :param num_particles: of each chain.
-    :param num_chains: independent runs, of which the error of the evidence is the spread; at least 2.
+    :param num_chains: independent runs; from 8 on, their spread gives ``log_evidence_error``.
     :param ess_threshold: the share of the particles that one step of the temperature leaves as effective ones.
     :param num_moves: Hamiltonian moves at each temperature.
     :param num_leapfrog: their length, in gradients.
@@ -61,217 +134,147 @@ class TemperedSMC:
         ...     numpyro.sample("y", dist.Normal(x, 1), obs=y)
         >>> smc = ppd.TemperedSMC(model, num_particles=500)
         >>> smc.run(jax.random.key(0), 2.0)
-        >>> abs(smc.log_evidence - dist.Normal(0, 2**0.5).log_prob(2.0)) < 0.1
-        Array(True, dtype=bool)
+        >>> bool(abs(smc.log_evidence - dist.Normal(0, 2**0.5).log_prob(2.0)) < 0.1), smc.verdict
+        (True, 'believable')
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
         *,
-        num_particles: int = 1000,
-        num_chains: int = 4,
+        num_particles: int = 500,
+        num_chains: int = 8,
         ess_threshold: float = 0.5,
         num_moves: int = 3,
         num_leapfrog: int = 5,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
         if not 0 < ess_threshold < 1:
             raise ValueError(f"ess_threshold must be between 0 and 1; got {ess_threshold}")
-        if positive_int("num_chains", num_chains) < 2:
-            raise ValueError("num_chains must be at least 2: the error of the evidence is their spread")
         self.model = model
-        self.num_particles, self.num_chains = positive_int("num_particles", num_particles), num_chains
-        self.ess_threshold = float(ess_threshold)
-        self.num_moves = positive_int("num_moves", num_moves)
-        self.num_leapfrog = positive_int("num_leapfrog", num_leapfrog)
-        self._state: _State | None = None
-        self._samples: dict[str, Array] = {}
+        self.num_particles = positive_int("num_particles", num_particles)
+        self.num_chains = positive_int("num_chains", num_chains)
+        self.moves = Moves(
+            float(ess_threshold), positive_int("num_moves", num_moves), positive_int("num_leapfrog", num_leapfrog)
+        )
+        self._run: TemperedRun | None = None
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> None:
-        """Runs all chains on these arguments of the model."""
-        target = _Target(self.model, args, kwargs)
-        settings = (self.ess_threshold, self.num_moves, self.num_leapfrog)
+        """Runs all chains on these arguments of the model.
 
-        def chain(rng_key: Array) -> tuple[_State, dict[str, Array]]:
-            init_key, run_key = jax.random.split(rng_key)
-            position = jax.vmap(target.draw)(jax.random.split(init_key, self.num_particles))
-            state = _temper(run_key, target, position, *settings)
-            return state, jax.vmap(target.sites)(state.position)
-
-        keys = jax.random.split(rng_key, self.num_chains)
-        self._state, self._samples = jax.jit(jax.vmap(chain))(keys)
+        :param rng_key: a JAX random key.
+        :raises TypeError: if it is none.
+        :raises ValueError: naming the site, where it does not serve the model; or if the likelihood is zero or NaN at
+            every particle.
+        """
+        self._run = None
+        check_key(rng_key)
+        target = read_target(self.model, args, kwargs)
+        keys = jax.random.split(typed_key(rng_key), self.num_chains)
+        state, samples, observed, log_likelihoods = run_chains(target, keys, self.num_particles, self.moves)
+        plain = plain_estimate(log_likelihoods.reshape(-1, 1))
+        run = TemperedRun(state, samples, observed, partial(self.model, *args, **kwargs), plain)
+        run.check()
+        self._run = run
+        run.warn()
 
     @property
-    def state(self) -> _State:
+    def _done(self) -> TemperedRun:
+        if self._run is None:
+            raise RuntimeError("TemperedSMC has no results yet: call run first")
+        return self._run
+
+    @property
+    def state(self) -> TemperedState:
         """The particles at the end, and what is known of the run; each field with the chains in front."""
-        if self._state is None:
-            raise ValueError("run it first")
-        return self._state
+        return self._done.state
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Array]:
-        """Equally weighted draws of all latent and deterministic sites."""
-        self.state  # noqa: B018
-        if group_by_chain:
-            return dict(self._samples)
-        return {name: a.reshape(-1, *a.shape[2:]) for name, a in self._samples.items()}
+        """Draws of equal weights of all latent and deterministic sites.
+
+        :param group_by_chain: shape ``(num_chains, num_particles, …)``, each chain's own. Otherwise
+            ``(num_chains * num_particles, …)``, with the chains drawn from in proportion to their evidence.
+        :raises RuntimeError: for the draws of a chain whose particles all have likelihood zero.
+        """
+        return dict(self._done.grouped if group_by_chain else self._done.pooled)
 
     @property
-    def log_evidence(self) -> Array:
+    def log_evidence(self) -> float:
         """log ∫ p r, in nats: of the mean of the chains' estimates."""
-        return log_mean(self.state.log_evidence)
+        return float(self._done.log_evidence)
 
     @property
-    def log_evidence_error(self) -> Array:
-        """Its standard error, by the chains' spread."""
-        weights = jnp.exp(self.state.log_evidence - self.log_evidence)
-        return weights.std(ddof=1) / self.num_chains**0.5
+    def log_evidences(self) -> np.ndarray:
+        """The log of each chain's estimate, nats, shape ``(num_chains,)``."""
+        return self._done.log_evidences
 
-    def print_summary(self) -> None:
-        """Of all sites, with R-hat between the chains; the evidence; how the run went."""
-        print_summary({name: np.asarray(a) for name, a in self.get_samples(group_by_chain=True).items()})
-        state = self.state
-        print(f"log evidence {self.log_evidence:.3f} ± {self.log_evidence_error:.3f} nats")
-        print(f"{int(state.num_temperatures.max())} temperatures, moves accepted {float(state.acceptance.mean()):.2f}")
+    @property
+    def log_evidence_error(self) -> float:
+        """Its standard error, nats, by the spread of the chains, so scaled that ±2 of it cover 95 % (Student's t). NaN
+        with fewer than 8 chains, and where the run collapsed."""
+        return float(self._done.log_evidence_error)
 
+    @property
+    def verdict(self) -> str:
+        """``"believable"``, ``"doubtful"`` or ``"collapsed"``; :meth:`print_summary` has the reasons."""
+        return str(self._done.verdict)
 
-class _Target:
-    """A model's prior and likelihood over its latents, unconstrained and in one vector."""
+    @property
+    def reliable(self) -> bool:
+        """Whether the verdict is ``"believable"``."""
+        return self.verdict == BELIEVABLE
 
-    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.program = lambda: model(*args, **kwargs)
-        shapes = jax.eval_shape(lambda: self._unconstrained(jax.random.key(0)))
-        self.unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))[1]
+    @property
+    def observed_values(self) -> dict[str, Array]:
+        """The values of the observed sites, ``numpyro.factor`` apart."""
+        return self._done.observed
 
-    def _unconstrained(self, rng_key: Array) -> dict[str, Array]:
-        latents = {}
-        for name, site in handlers.trace(handlers.seed(self.program, rng_key)).get_trace().items():
-            if site["type"] == "sample" and not site["is_observed"]:
-                if site["fn"].support.is_discrete:
-                    raise ValueError(f"site {name!r} is discrete: TemperedSMC is for continuous latents")
-                latents[name] = biject_to(site["fn"].support).inv(site["value"])
-        if not latents:
-            raise ValueError("the model has no latent site")
-        return latents
+    def print_summary(self, max_rows: int = 20) -> None:
+        """Prints the sites' moments and quantiles (the first ``max_rows`` numbers), the evidence, and how far the
+        particles can be trusted."""
+        print_moments(self.get_samples(), max_rows)
+        print(self._done.in_words())
 
-    def draw(self, rng_key: Array) -> Array:
-        """A draw of the prior."""
-        return ravel_pytree(self._unconstrained(rng_key))[0]
+    def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None) -> Any:
+        """For ArviZ: an ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x), in nats, with the groups ``posterior``,
+        ``sample_stats`` (``log_evidence`` per chain), ``log_likelihood`` and ``observed_data``.
 
-    def _trace(self, position: Array) -> tuple[dict[str, Any], list[Array]]:
-        latents, log_dets = self.unravel(position), []
-
-        def fill(site: dict[str, Any]) -> Array | None:
-            if site["type"] != "sample" or site["name"] not in latents:
-                return None
-            transform, z = biject_to(site["fn"].support), latents[site["name"]]
-            value = transform(z)
-            log_dets.append(jnp.sum(transform.log_abs_det_jacobian(z, value)))
-            return value
-
-        program = handlers.substitute(handlers.seed(self.program, jax.random.key(0)), substitute_fn=fill)
-        return handlers.trace(program).get_trace(), log_dets
-
-    def log_densities(self, position: Array) -> tuple[Array, Array]:
-        """Log prior, with the Jacobian of what constrains, and log likelihood."""
-        trace, log_dets = self._trace(position)
-        prior, likelihood = sum(log_dets), jnp.zeros(())
-        for site in trace.values():
-            if site["type"] == "sample":
-                log_prob = jnp.sum(site["fn"].log_prob(site["value"]))
-                log_prob *= 1.0 if site.get("scale") is None else site["scale"]
-                if site["is_observed"]:
-                    likelihood += log_prob
-                else:
-                    prior += log_prob
-        return jnp.asarray(prior), jnp.where(jnp.isnan(likelihood), -jnp.inf, likelihood)
-
-    def sites(self, position: Array) -> dict[str, Array]:
-        """Values of the latent and the deterministic sites."""
-        trace = self._trace(position)[0].items()
-        return {
-            name: site["value"]
-            for name, site in trace
-            if site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
+        :param dims: names of the axes of a variable.
+        :param coords: coordinates by the names of axes.
+        """
+        run = self._done
+        grouped = partial(dataset, dims=dims or {}, coords=coords or {})
+        groups = {
+            "posterior": grouped(run.grouped, ["chain", "draw"]),
+            "sample_stats": grouped({"log_evidence": run.log_evidences}, ["chain"]),
+            "observed_data": grouped(run.observed, []),
         }
+        if run.observed:
+            seeded = seed(run.model, jax.random.key(0))
+            found = log_likelihood(seeded, dict(run.by_chain), batch_ndims=2, parallel=True)
+            groups["log_likelihood"] = grouped({n: found[n] for n in run.observed}, ["chain", "draw"])
+        return inference_data.inference_data(groups, {"units": "nats", "inference_library": "pp_diffusion"})
 
 
-def _temper(
-    rng_key: Array, target: _Target, position: Array, threshold: float, num_moves: int, num_leapfrog: int
-) -> _State:
-    count = len(position)
+@partial(jax.jit, static_argnames=("num_particles", "moves"))
+def run_chains(
+    target: Target, keys: Array, num_particles: int, moves: Moves
+) -> tuple[TemperedState, dict[str, Array], dict[str, Array], Array]:
+    """A chain for each key; the sites at its end, what is observed, and the log likelihoods at its start."""
 
-    def one_temperature(state: _State) -> _State:
-        keys = jax.random.split(state.rng_key, num_moves + 2)
-        rise = _rise(state.log_likelihood, 1 - state.temperature, threshold * count)
-        log_weights = rise * state.log_likelihood
-        temperature = jnp.where(rise >= 1 - state.temperature, 1.0, state.temperature + rise)
-        index = systematic(keys[0], log_weights)
-        scale = jnp.std(state.position, axis=0, where=jnp.isfinite(state.log_likelihood)[:, None]) + 1e-6
-        particles = gather(index, (state.position, state.log_prior, state.log_likelihood))
-        move = partial(_move, target, temperature, scale, num_leapfrog)
+    def chain(rng_key: Array) -> tuple[TemperedState, dict[str, Array], Array]:
+        first = start(rng_key, target, num_particles)
+        last = temper(target, first, moves)
+        return last, jax.vmap(lambda position: target.measure(position).sites)(last.position), first.log_likelihood
 
-        def one_move(carry: Any, rng_key: Array) -> tuple[Any, Array]:
-            particles, step_size = carry
-            particles, acceptance = move(rng_key, particles, step_size)
-            return (particles, jnp.clip(step_size * jnp.exp(acceptance - TARGET_ACCEPTANCE), 1e-3, 2.0)), acceptance
-
-        (particles, step_size), acceptance = jax.lax.scan(one_move, (particles, state.step_size), keys[1:-1])
-        log_evidence = state.log_evidence + log_mean(log_weights)
-        number = state.num_temperatures + 1
-        position, prior, likelihood = particles
-        return _State(
-            keys[-1], position, prior, likelihood, temperature, log_evidence, step_size, acceptance.mean(), number
-        )
-
-    prior, likelihood = jax.vmap(target.log_densities)(position)
-    zero = jnp.zeros(())
-    start = _State(rng_key, position, prior, likelihood, zero, zero, jnp.asarray(0.5), zero, jnp.zeros((), int))
-    return jax.lax.while_loop(lambda s: (s.temperature < 1) & (s.num_temperatures < 1000), one_temperature, start)
+    state, samples, log_likelihoods = jax.vmap(chain)(keys)
+    observed = target.measure(state.position[0, 0]).observed
+    return state, samples, observed, log_likelihoods
 
 
-def _rise(log_likelihood: Array, most: Array, effective: float) -> Array:
-    """The rise of the temperature that leaves so many effective particles, by bisection; at most ``most``."""
-
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        enough = ess(middle * log_likelihood) >= effective
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros(()), most))
-    return jnp.where(ess(most * log_likelihood) >= effective, most, jnp.maximum(low, 1e-6))
-
-
-def _move(
-    target: _Target, temperature: Array, scale: Array, num_leapfrog: int, rng_key: Array, particles: Any, size: Array
-) -> tuple[Any, Array]:
-    """A Hamiltonian move of all particles, with the mass that their spread asks for, and the share accepted."""
-
-    def tempered(position: Array) -> tuple[Array, tuple[Array, Array]]:
-        prior, likelihood = target.log_densities(position)
-        return prior + temperature * likelihood, (prior, likelihood)
-
-    def one(rng_key: Array, position: Array, prior: Array, likelihood: Array) -> tuple[Any, Array]:
-        momentum_key, length_key, accept_key = jax.random.split(rng_key, 3)
-        step = size * scale * jax.random.uniform(length_key, minval=0.7, maxval=1.3)
-        momentum = jax.random.normal(momentum_key, position.shape)
-        slope = jax.grad(tempered, has_aux=True)
-
-        def leap(carry: tuple[Array, Array, Array], _: None) -> tuple[Any, None]:
-            q, p, gradient = carry
-            p = p + 0.5 * step * gradient
-            q = q + step * p
-            gradient = slope(q)[0]
-            return (q, p + 0.5 * step * gradient, gradient), None
-
-        (q, p, _), _ = jax.lax.scan(leap, (position, momentum, slope(position)[0]), None, num_leapfrog)
-        value, (new_prior, new_likelihood) = tempered(q)
-        ratio = value - 0.5 * jnp.sum(p**2) - (prior + temperature * likelihood) + 0.5 * jnp.sum(momentum**2)
-        ratio = jnp.where(jnp.isnan(ratio), -jnp.inf, ratio)
-        accept = jnp.log(jax.random.uniform(accept_key)) < ratio
-        new = (q, new_prior, new_likelihood)
-        old = (position, prior, likelihood)
-        return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old), jnp.exp(jnp.minimum(ratio, 0.0))
-
-    particles, acceptance = jax.vmap(one)(jax.random.split(rng_key, len(particles[0])), *particles)
-    return particles, acceptance.mean()
+def plain_estimate(log_likelihoods: Array) -> Plain:
+    """Of draws of the prior, shape ``(N, 1)``."""
+    size = np.asarray(ess(log_likelihoods), np.float64)
+    error = np.sqrt(np.maximum(1 / np.maximum(size, 1e-12) - 1 / len(log_likelihoods), 0.0))
+    return Plain(np.asarray(log_mean(log_likelihoods), np.float64), error, size)

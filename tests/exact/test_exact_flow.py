@@ -56,6 +56,39 @@ def test_orders_of_the_solvers(solver, order):
     assert order > 3 or np.log2(ratio) < order + 0.1  # the higher ones have errors that cross 0
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_orders_of_the_multistep_samplers(order):
+    """The distance of draws from those of many steps, of the same noise, falls by 2^order when calls are doubled."""
+    noise = jax.random.normal(jax.random.key(0), (300, 2))
+
+    def draws(**kwargs):
+        return TWO.diffusion(ppd.FixedSchedule.log_linear(200, 1e-3, -9.0)).flow({}, **kwargs).from_noise(noise)
+
+    with enable_x64():
+        fine = draws(num_steps=60)
+        coarse, finer = (
+            jnp.sqrt(jnp.mean((draws(sampler=solvers.Multistep(n + 2, order)) - fine) ** 2)) for n in (60, 120)
+        )
+    assert abs(np.log2(coarse / finer) - order) < 0.2, (coarse, finer)
+
+
+def test_a_multistep_sampler_follows_normal_data_between_trained_steps():
+    """Of a network that knows trained steps alone: levels are taken from these, with one call each."""
+    schedule = ppd.FixedSchedule.log_linear(100, 1e-4, -9.0)
+    log_snrs = jnp.asarray(schedule.log_snr())
+    calls = []
+
+    def by_step(x_t, t):
+        calls.append(t)
+        return NORMAL(x_t, t, log_snrs[t - 1])
+
+    diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), schedule, by_step, parameterization="x0", last_step="network")
+    flow = diffusion.flow({}, sampler=solvers.Multistep(25))
+    assert not flow.ode.between and flow.num_calls == 25
+    noise = jax.random.normal(jax.random.key(0), (100, 2))
+    np.testing.assert_allclose(flow.from_noise(noise), NORMAL.means[0] + NORMAL.scales[0] * noise, atol=0.03)
+
+
 def test_diffrax_methods_by_their_tableau():
     diffrax = pytest.importorskip("diffrax")
     ours = solvers.RungeKutta.of(diffrax.Tsit5())
