@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,14 +15,14 @@ from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int, typed_key
 from pp_diffusion.compiling import jit_once
-from pp_diffusion.posterior.factors import read_model
+from pp_diffusion.posterior.factors import Factors, read_model
 from pp_diffusion.posterior.outcome import print_moments
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
-from pp_diffusion.posterior.survey import num_draws, survey
+from pp_diffusion.posterior.survey import Judge, survey
 from pp_diffusion.posterior.twists import as_twist
-from pp_diffusion.posterior.verdicts import BELIEVABLE
+from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
 from pp_diffusion.units import nats_to_bits
 
 
@@ -100,6 +101,7 @@ class SMC:
         self.twist = as_twist(twist)
         self.ess_threshold, self.num_moves, self.progress_bar = ess_threshold, num_moves, progress_bar
         self._run: Run | None = None
+        self._judge = Judge()
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> None:
         """Runs the particles from T to 0.
@@ -117,9 +119,8 @@ class SMC:
         check_key(rng_key)
         rng_key = typed_key(rng_key)
         factors = read_model(self.model, args, kwargs)
-        num_plain = num_draws(factors, int(self.plain_share * self.num_particles * self.num_chains))
-        surveyed = survey(jax.random.fold_in(rng_key, 1), factors, num_plain)
-        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, surveyed.calibration)
+        plain = self._plain(jax.random.fold_in(rng_key, 1), factors)
+        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, self._judge(factors))
         state, infos = _init(rng_key, sampler, self.num_particles, self.num_chains)
         total = sampler.num_timesteps
         segment = max(1, -(-(total - 1) // 20)) if self.progress_bar else max(1, total - 1)
@@ -133,12 +134,17 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        # no draw meets what is known exactly
-        plain = surveyed.plain(num_plain) if self.plain_share and not factors.num_known else None
         run = Run(sampler, state, infos, partial(self.model, *args, **kwargs), plain)
         run.check()
         self._run = run
         run.warn()
+
+    def _plain(self, rng_key: Array, factors: Factors) -> Plain | None:
+        """The evidence by plain draws of the prior."""
+        number = math.ceil(self.plain_share * self.num_particles * self.num_chains)
+        if not number or factors.num_known:  # no draw meets what is known exactly
+            return None
+        return survey(rng_key, factors, number).plain(number)
 
     @property
     def _done(self) -> Run:
