@@ -81,7 +81,8 @@ class Rows(Source):
         return self.feed, most
 
     def fingerprint(self) -> str:
-        return f"{len(self.rows[0])} rows, {fingerprint_of(self.rows)}"
+        noise = 0.0 if self.feed.noise is None else float(self.feed.noise)
+        return f"{len(self.rows[0])} rows, {fingerprint_of(self.rows)}, noise {noise:.4g}"
 
 
 class RowFeed(ArrayFeed):

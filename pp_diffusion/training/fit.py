@@ -204,9 +204,10 @@ def fit(
     training = Run.start(diffusion, source, settings, rng_key, state)
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, identity_of(diffusion, source, settings))
+        identity = identity_of(diffusion, source, settings, rng_key, rows)
+        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, identity)
         training.resume(checkpoints.restore())
-    end, total = plan.of(training.step, int(training.state.total), resumed=training.is_resumed)
+    training.begun, end, total = plan.of(training.step, training.begun, int(training.state.total))
     if rows is not None:
         calls = source.batch_size * num_times
         training.held_out = HeldOut(rows, total, calls, chosen, max_patience, layout, training.history)
