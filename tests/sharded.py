@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 import optax
 
 import pp_diffusion as ppd
+from pp_diffusion import weights
 from pp_diffusion.training.forms import as_source
 from pp_diffusion.training.sharding import as_layout
 from pp_diffusion.training.update import OBJECTIVES, Settings, first_state, run
@@ -113,10 +114,14 @@ def everything_else(mesh):
     def devices(tree):
         """The most devices that share one of its arrays."""
         arrays = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array)]
-        return max((len({str(index) for index in a.sharding.devices_indices_map(a.shape).values()}) for a in arrays))
+        return max(len({str(index) for index in a.sharding.devices_indices_map(a.shape).values()}) for a in arrays)
 
-    one, spread = of(rows, keys, None), of(layout.rows(rows), layout.rows(keys), mesh)
-    return {name: (differ(one[name], spread[name]), devices(spread[name])) for name in one}
+    weighed, weights_of_rows = [], weights.weights_of_rows
+    one = of(rows, keys, None)
+    weights.weights_of_rows = lambda prior, x, *rest: weighed.append(x) or weights_of_rows(prior, x, *rest)
+    spread = of(layout.rows(rows), layout.rows(keys), mesh)
+    shared = {name: devices(spread[name]) for name in one if name != "likelihood"} | {"likelihood": devices(weighed)}
+    return {name: (differ(one[name], spread[name]), shared[name]) for name in one}
 
 
 def main():

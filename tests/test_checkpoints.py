@@ -97,20 +97,31 @@ def test_batches_go_on_too(tmp_path):
         same(fit(tmp_path / name, make(), diffusion, num_steps=30), fit(None, make(), diffusion, num_steps=30))
 
 
+def test_grain_datasets_go_on_from_their_own_state(tmp_path):
+    grain = pytest.importorskip("grain")
+    rows = grain.MapDataset.source(X).shuffle(seed=3).repeat().batch(16, drop_remainder=True)
+    data = rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    with pytest.raises(Killed):
+        fit(tmp_path / "run", data, kill_at=10, num_steps=30)
+    position = Checkpoints(tmp_path / "run", 60.0, {}).restore().notes["positions"][0]
+    assert position["state"]["next_index"] > 0
+    same(fit(tmp_path / "run", data, num_steps=30), fit(None, data, num_steps=30))
+
+
 def test_checkpoints_of_another_run_are_refused(tmp_path):
-    fit(tmp_path / "run", num_steps=8)
+    fit(tmp_path / "run", num_steps=8, validation_data=X[:30])
     wider = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2]), ppd.networks.MLP((4,)))
     for settings, named in (
-        ({"data": X + 1}, "data is '54 rows"),
+        ({"data": X + 1}, "data is '60 rows"),
         ({"diffusion": wider}, "rates"),
         ({"num_times": 2}, "num_times is 1, here 2"),
         ({"batch_size": 8}, "batch_size is 16, here 8"),
         ({"rng_key": jax.random.key(2)}, "rng_key"),
         ({"row_noise": 0.1}, "noise 0.5', here .* noise 0.1'"),
-        ({"validation_data": X[:30]}, "held-out rows"),
+        ({"validation_data": X[30:]}, "held-out rows"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint_dir holds the checkpoints of another run: in .*{named}"):
-            fit(tmp_path / "run", num_steps=8, **settings)
+            fit(tmp_path / "run", **{"num_steps": 8, "validation_data": X[:30], **settings})
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"checkpoint_dir must be a folder of its own; .* holds 'notes.txt'"):
         fit(tmp_path)

@@ -37,6 +37,7 @@ TRANSFORMS = {
     "affine_then_exp": ComposeTransform(
         [AffineTransform(jnp.array([3.0, -1.0]), jnp.array([0.5, 0.3])), ExpTransform()]
     ),
+    "whitened": ppd.whiten(DATA),
     "blocks": ppd.UniformBlocks((5.0, 45.0, 50.0), (-1.0, 0.0, 1.5), (0.3, 0.4, 0.5)),
     "affine_then_blocks": ComposeTransform(
         [AffineTransform(jnp.array([0.1, -0.1]), jnp.array([1.0, 0.3])), ppd.UniformBlocks((100.0,), (0.0,), (1.0,))]

@@ -284,10 +284,10 @@ def identity_of(
         "objective": settings.objective.name,
         "num_times": settings.num_times,
         "average": settings.average,
-        "held-out rows": layout.of_all(None if held_out is None else fingerprint_of(held_out)),
         "accumulate": settings.accumulate,
         "batch_size": source.batch_size,
         "data": "; ".join(layout.of_all(source.fingerprint())),
+        "held-out rows": layout.of_all(None if held_out is None else fingerprint_of(held_out)),
         "precision": str(jnp.zeros(()).dtype),
         "rng_key": fingerprint_of(jax.random.key_data(typed_key(rng_key))),
     }
