@@ -32,7 +32,8 @@ from pp_diffusion.training.update import (
 from pp_diffusion.training.validation import HeldOut
 from pp_diffusion.units import nats_to_bits
 
-DEFAULT_UPDATES = 4000
+#: Updates where none are stated, and how many of an array's rows: so many passes over them.
+FEWEST_DEFAULT, MOST_DEFAULT, DEFAULT_PASSES = 4000, 20_000, 200
 SECONDS_PER_DISPATCH = 0.5
 Callback = Callable[[int, FitState], Any]
 
@@ -43,12 +44,13 @@ class Plan(NamedTuple):
     num_steps: int | None
     total_steps: int | None
 
-    def of(self, done: int, begun: int, earlier: int) -> tuple[int, int, int]:
+    def of(self, done: int, begun: int, earlier: int, default: int = FEWEST_DEFAULT) -> tuple[int, int, int]:
         """After which update this call begins, after which it ends, and how many there are in all.
 
         :param done: updates done before.
         :param begun: of these, before this call was made for the first time: less where it goes on from a checkpoint.
         :param earlier: the total that was stated then.
+        :param default: how many are asked for where nothing is stated.
         :raises ValueError: naming the one that does not fit the other, or what is done.
         """
         num_steps, total = (None if n is None else int(n) for n in self)
@@ -56,7 +58,7 @@ class Plan(NamedTuple):
         if resumed and total is not None and num_steps is not None and begun + num_steps <= done < total:
             begun = done  # that piece of the total was whole: this is the next
         if total is None:
-            asked = DEFAULT_UPDATES if num_steps is None else num_steps
+            asked = default if num_steps is None else num_steps
             goes_on = begun < earlier and (num_steps is None or begun + num_steps <= earlier)
             total = earlier if goes_on else begun + asked
         end = total if num_steps is None else begun + num_steps
@@ -76,6 +78,13 @@ class Plan(NamedTuple):
             if value is not None:
                 positive_int(name, value)
         return self
+
+
+def default_updates(source: Source) -> int:
+    """Small tables are judged long before; large ones need more than a few passes."""
+    if source.num_rows is None:
+        return FEWEST_DEFAULT
+    return int(np.clip(DEFAULT_PASSES * source.num_rows // source.batch_size, FEWEST_DEFAULT, MOST_DEFAULT))
 
 
 class NonFiniteUpdates(FloatingPointError):

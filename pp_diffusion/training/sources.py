@@ -54,6 +54,8 @@ class Source:
     example: tuple[Array, Any]
     #: Rows per update.
     batch_size: int
+    #: Rows in all that are trained on, of all processes; ``None`` where they cannot be counted.
+    num_rows: int | None = None
     #: Rows that are not trained on, and their context.
     held_out: tuple[Any, Any] | None = None
 

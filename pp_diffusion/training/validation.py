@@ -122,8 +122,7 @@ class HeldOut:
         if (value := judged.rows.mean()) > float(best.value):
             found = self.layout.whole((jnp.asarray(value, best.value.dtype), jnp.zeros((), int)))
             return state._replace(best=Best(params, found[0], state.step, found[1]))
-        stale = jnp.asarray(int(best.stale) + 1)
-        return state._replace(best=best._replace(stale=self.layout.whole(stale)))
+        return state._replace(best=best._replace(stale=best.stale + 1))
 
     def is_over(self, state: FitState) -> bool:
         """Whether so many evaluations came without a gain that no more is to be had."""
