@@ -105,7 +105,7 @@ def by_ours(table: Table, seed: int, num_steps: int | None = None) -> tuple[Dens
     started = time.process_time()
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((table.train.shape[1],)),
-        ppd.LearnedSchedule(num_timesteps=40, first_beta=3e-4),
+        ppd.LearnedSchedule(num_timesteps=100, first_beta=1e-4),
         ppd.networks.MLP(),
         transform=ppd.whiten(table.train),
     )
