@@ -290,20 +290,25 @@ def test_kill_9_at_any_moment(tmp_path):
     def saved():
         return max((int(path.name) for path in (tmp_path / "killed").glob("[0-9]*") if path.name.isdigit()), default=0)
 
-    assert start("whole").wait() == 0
+    def ends(folder):
+        with start(folder) as process:
+            process.communicate()
+        return process.returncode == 0
+
+    assert ends("whole")
     whole = np.load(tmp_path / "whole.npz")
     moments, steps = np.random.default_rng(0), []
     for number in [signal.SIGKILL] * 20 + [signal.SIGTERM]:
-        process = start("killed")
-        assert process.stdout.readline() == b"training\n"
-        time.sleep(moments.uniform(0.0, 0.6))
-        before = saved()
-        process.send_signal(number)
-        assert process.wait() == -number
+        with start("killed") as process:
+            assert process.stdout.readline() == b"training\n"
+            time.sleep(moments.uniform(0.0, 0.6))
+            before = saved()
+            process.send_signal(number)
+            assert process.wait() == -number
         steps.append(saved())
     assert steps[-1] > before or steps[-1] == len(whole["losses"])  # SIGTERM saved one more
     assert len(set(steps)) > 10 and steps == sorted(steps)
-    assert start("killed").wait() == 0
+    assert ends("killed")
     killed = np.load(tmp_path / "killed.npz")
     for name in whole.files:
         np.testing.assert_array_equal(whole[name], killed[name])
