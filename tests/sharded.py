@@ -109,7 +109,7 @@ def everything_else(mesh):
 
     def differ(a, b):
         a, b = ([x for x in map(as_numbers, jax.tree.leaves(tree)) if x.dtype.kind == "f"] for tree in (a, b))
-        return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+        return max(float(np.abs(x - y).max(initial=0)) for x, y in zip(a, b, strict=True))
 
     def devices(tree):
         """The most devices that share one of its arrays."""

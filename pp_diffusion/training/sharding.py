@@ -36,14 +36,14 @@ class Layout(NamedTuple):
         if self.mesh is None:
             return jax.tree.map(jax.numpy.asarray, tree)
         sharding = self._sharding(axis)
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+        return jax.tree.map(lambda a: _put(a, sharding), tree)
 
     def whole(self, tree: Any) -> Any:
         """The same arrays on every device."""
         if self.mesh is None:
             return tree
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda a: _put_everywhere(a, sharding), tree)
+        return jax.tree.map(lambda a: _put(a, sharding), tree)
 
     def keep_rows(self, tree: Any, axis: int = 0) -> Any:
         """Within a program: arrays that stay spread along ``axis``."""
@@ -105,7 +105,7 @@ def as_layout(mesh: Any) -> Layout:
     return Layout(Mesh(mesh.devices, mesh.axis_names))  # axes that the compiler may spread over, as plain jit does
 
 
-def _put_everywhere(leaf: Any, sharding: NamedSharding) -> Any:
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
