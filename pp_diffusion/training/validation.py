@@ -22,7 +22,7 @@ from pp_diffusion.training.update import Best, FitState, Objective
 #: Evaluations in all, and the fewest updates from one to the next.
 EVALUATIONS, FEWEST_UPDATES = 50, 50
 #: An evaluation calls the network for at least so many rows, and for this share of what the updates before it did.
-FEWEST_CALLS, SHARE_OF_CALLS = 1024, 0.1
+FEWEST_CALLS, SHARE_OF_CALLS = 1024, 0.05
 #: What counts as falling: nats per coordinate, and standard errors.
 FALL_PER_COLUMN, FALL_IN_ERRORS = 0.05, 3.0
 
