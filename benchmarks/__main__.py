@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, fit_overhead, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, "
-        "flow_accuracy, flow_density, flow_draws, flow_posteriors, digits, posterior, unet_step",
+        help="some of training_step, fit_overhead, sampling, likelihood, naive_numpyro, gradient_variance, precision, "
+        "flow, flow_accuracy, flow_density, flow_draws, flow_posteriors, digits, posterior, unet_step",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")

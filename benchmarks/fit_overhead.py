@@ -1,4 +1,4 @@
-"""What ``fit`` adds to a bare scan of its own update: drawn and checked rows, held-out rows, average, bar, checkpoints."""
+"""What ``fit`` adds to a bare scan of its own update: checked data, held-out rows, average, bar and checkpoints."""
 
 from __future__ import annotations
 
