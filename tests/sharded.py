@@ -6,6 +6,7 @@ The same training on one device and on a mesh; what came is written to FOLDER.
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -22,9 +23,17 @@ from pp_diffusion.training.sharding import as_layout
 from pp_diffusion.training.update import OBJECTIVES, Settings, first_state, run
 
 X = np.random.default_rng(0).normal(size=(1024, 3)) @ np.random.default_rng(1).normal(size=(3, 3)) / 2
-DIFFUSION = ppd.Diffusion(
-    ppd.GaussianKernel((3,)), ppd.LearnedSchedule(10, 1e-2), ppd.networks.MLP((32, 32)), transform=ppd.standardize(X)
-)
+
+
+@cache
+def diffusion():
+    """Made when processes know each other and the precision is set."""
+    return ppd.Diffusion(
+        ppd.GaussianKernel((3,)),
+        ppd.LearnedSchedule(10, 1e-2),
+        ppd.networks.MLP((32, 32)),
+        transform=ppd.standardize(X),
+    )
 
 
 WAYS = {"rows": {}, "all": {"batch_size": 1024}, "parts": {"batch_size": 1024, "accumulate": 4}}
@@ -32,7 +41,7 @@ WAYS = {"rows": {}, "all": {"batch_size": 1024}, "parts": {"batch_size": 1024, "
 
 def fit(x, mesh, num_steps, **settings):
     settings = {"batch_size": 64, "progress_bar": False, "val_prop": 0.0, **settings}
-    return ppd.fit(jax.random.key(1), DIFFUSION, x, num_steps=num_steps, mesh=mesh, **settings)
+    return ppd.fit(jax.random.key(1), diffusion(), x, num_steps=num_steps, mesh=mesh, **settings)
 
 
 def flat(params):
@@ -46,7 +55,7 @@ def as_numbers(leaf):
 
 def bound(params):
     params = jax.tree.map(np.asarray, params)
-    return float(ppd.lower_bound(jax.random.key(2), DIFFUSION.prior(params), X, num_samples=2).value.mean())
+    return float(ppd.lower_bound(jax.random.key(2), diffusion().prior(params), X, num_samples=2).value.mean())
 
 
 def gradients(x, mesh):
@@ -65,11 +74,11 @@ def gradients(x, mesh):
 def memory(mesh):
     """Bytes that a device needs for an update of 4096 rows, beside its data; and what is sent but sums."""
     layout = as_layout(mesh)
-    source = as_source(DIFFUSION.space, np.tile(X, (8, 1)), None, 4096, jax.random.key(0), layout, noise=0.0)
+    source = as_source(diffusion().space, np.tile(X, (8, 1)), None, 4096, jax.random.key(0), layout, noise=0.0)
     settings = Settings(optax.adam(1e-3), 1, 0.9, OBJECTIVES["bound"], False, 1, False, layout)
-    state, _ = first_state(DIFFUSION, source.example, jax.random.key(0), settings)
+    state, _ = first_state(diffusion(), source.example, jax.random.key(0), settings)
     state = layout.whole(state._replace(total=jnp.asarray(1)))
-    program = run.lower(DIFFUSION, state, source.feed, jnp.asarray(1), settings).compile()
+    program = run.lower(diffusion(), state, source.feed, jnp.asarray(1), settings).compile()
     sent = {name for name in ("all-gather", "all-to-all", "collective-permute") if f" {name}(" in program.as_text()}
     return program.memory_analysis().temp_size_in_bytes, sorted(sent)
 
@@ -77,7 +86,7 @@ def memory(mesh):
 def everything_else(mesh):
     """Draws, bounds, likelihoods and particles of rows and keys that are spread, beside those that are not."""
     layout = as_layout(mesh)
-    prior = DIFFUSION.prior(DIFFUSION.init_params(jax.random.key(0)))
+    prior = diffusion().prior(diffusion().init_params(jax.random.key(0)))
     rows = jnp.asarray(X[:64], float)
     keys = jax.random.split(jax.random.key(3), 8)
 
@@ -101,7 +110,6 @@ def everything_else(mesh):
         return {
             "draws": jax.jit(jax.vmap(prior.sample))(keys),
             "bound": ppd.lower_bound(jax.random.key(4), prior, x).value,
-            "systems": particles(ppd.SMC(model, num_particles=32, progress_bar=False), x[:8]),
             "chains": particles(smc, rows[:2]),
             "tempered": particles(tempered, rows[0]),
             "likelihood": ppd.estimate_log_prob(jax.random.key(5), prior, x, 30).value,

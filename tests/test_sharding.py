@@ -62,7 +62,7 @@ def test_each_holds_its_share(eight):
     assert not sent
 
 
-@pytest.mark.parametrize("name", ["draws", "bound", "likelihood", "systems", "chains", "tempered"])
+@pytest.mark.parametrize("name", ["draws", "bound", "likelihood", "chains", "tempered"])
 def test_all_else_spreads_too(eight, name):
     """The same numbers, of which each device holds its own."""
     difference, devices = eight["else"][name]
