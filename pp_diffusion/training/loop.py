@@ -145,7 +145,8 @@ class Run:
         self.history = {
             name.removeprefix("held_out."): a for name, a in checkpoint.arrays.items() if name.startswith("held_out.")
         }
-        if not self.source.seek(checkpoint.notes["positions"][jax.process_index()]):
+        own = jax.process_index() if self.settings.layout.hosts > 1 else 0
+        if not self.source.seek(checkpoint.notes["positions"][own]):
             self.source.skip(checkpoint.step, anew=True)
 
     @property
