@@ -25,7 +25,7 @@ def start(folder, precision, devices, processes=1, **environment):
 
 
 def end(process):
-    _, complaints = process.communicate(timeout=400)
+    _, complaints = process.communicate(timeout=600)
     assert process.returncode == 0, complaints[-3000:]
 
 
@@ -50,8 +50,8 @@ def test_eight_devices_do_what_one_does(eight):
     for name, gradient in eight["gradients"].items():
         assert relative(gradient, eight["one"]["gradients"][name]) < 1e-5
         assert np.linalg.norm(gradient) > 1e-3
-    assert abs(eight["bound"] - eight["one"]["bound"]) < 1e-9
-    np.testing.assert_allclose(eight["held_out"], eight["one"]["held_out"], rtol=1e-9)
+    assert abs(eight["bound"] - eight["one"]["bound"]) < 1e-8  # the stock networks' parameters are float32
+    np.testing.assert_allclose(eight["held_out"], eight["one"]["held_out"], rtol=1e-6)
     assert eight["resumed"] == eight["held_out"]
 
 
@@ -89,6 +89,6 @@ def test_two_processes_with_their_own_rows_do_what_one_does(tmp_path, eight):
     came = found(tmp_path)
     for name, gradient in came["gradients"].items():
         assert relative(gradient, eight["one"]["gradients"][name]) < 1e-5
-    np.testing.assert_allclose(came["params"], eight["one"]["params"], atol=1e-9)
+    np.testing.assert_allclose(came["params"], eight["one"]["params"], atol=1e-6)  # float32
     assert any(path.name.isdigit() for path in (tmp_path / "run").iterdir())
     assert came["resumed"] == came["held_out"]
