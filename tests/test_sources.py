@@ -189,7 +189,7 @@ def test_values_that_repeat_by_right_are_not():
 
 def test_integers_are_told_at_any_step():
     """The same numbers as floats are of fine steps, as of rounding."""
-    data = np.random.default_rng(0).integers(0, 40, (60, 2))
+    data = np.random.default_rng(0).integers(0, 100, (120, 2))
     unit = ppd.Diffusion(
         ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)), transform=ppd.standardize(data)
     )
