@@ -17,6 +17,7 @@ from scipy.stats import multivariate_normal
 import pp_diffusion as ppd
 from benchmarks import (
     digits,
+    fit_overhead,
     flow,
     flow_accuracy,
     flow_density,
@@ -201,6 +202,7 @@ NOTES = {  # of rows that time nothing
 
 LONG = [
     training_step,
+    fit_overhead,
     likelihood,
     naive_numpyro,
     gradient_variance,

@@ -20,6 +20,7 @@ from pp_diffusion.posterior.particles import ess, gather, log_mean, systematic
 from pp_diffusion.posterior.target import Target, read_target
 from pp_diffusion.posterior.tempering import MOST_TEMPERATURES, Moves, TemperedState, start, temper
 from pp_diffusion.posterior.verdicts import BELIEVABLE, COLLAPSED, Findings, Plain, Verdict
+from pp_diffusion.training.sharding import as_layout
 
 
 class TemperedRun(Outcome):
@@ -125,6 +126,7 @@ class TemperedSMC:
     :param ess_threshold: the share of the particles that one step of the temperature leaves as effective ones.
     :param num_moves: Hamiltonian moves at each temperature.
     :param num_leapfrog: their length, in gradients.
+    :param mesh: devices over whose axis ``"data"`` the chains are spread, ``jax.make_mesh((n,), ("data",))``.
 
     .. doctest::
 
@@ -147,6 +149,7 @@ class TemperedSMC:
         ess_threshold: float = 0.5,
         num_moves: int = 3,
         num_leapfrog: int = 5,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
@@ -155,6 +158,8 @@ class TemperedSMC:
         self.model = model
         self.num_particles = positive_int("num_particles", num_particles)
         self.num_chains = positive_int("num_chains", num_chains)
+        self.layout = as_layout(mesh)
+        self.layout.share("num_chains", self.num_chains)
         self.moves = Moves(
             float(ess_threshold), positive_int("num_moves", num_moves), positive_int("num_leapfrog", num_leapfrog)
         )
@@ -171,7 +176,7 @@ class TemperedSMC:
         self._run = None
         check_key(rng_key)
         target = read_target(self.model, args, kwargs)
-        keys = jax.random.split(typed_key(rng_key), self.num_chains)
+        keys = self.layout.rows(jax.random.split(typed_key(rng_key), self.num_chains))
         state, samples, observed, log_likelihoods = run_chains(target, keys, self.num_particles, self.moves)
         plain = plain_estimate(log_likelihoods.reshape(-1, 1))
         run = TemperedRun(state, samples, observed, partial(self.model, *args, **kwargs), plain)
