@@ -71,7 +71,11 @@ def move(
     """
     continuous = {name: u for name, u in latents.items() if jnp.issubdtype(u.dtype, jnp.floating)}
     has_discrete = len(continuous) < len(latents)
-    walk = RandomWalk.over(continuous) if continuous else None
+    walk = None
+    if continuous:  # not where nothing moves
+        shapes = jax.eval_shape(RandomWalk.over, continuous)
+        still = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        walk = jax.lax.cond(jnp.asarray(num_moves) > 0, RandomWalk.over, lambda _: still(), continuous)
     num_moves = num_moves * (2 if walk and has_discrete else 1)
     start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(target, latents))._replace(
         latents=latents
@@ -97,20 +101,23 @@ def move(
         now, accepted = carry
         draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
         is_start = i == 0
-        stay = partial(_stay, batch)
-        proposed, log_ratio = jax.lax.cond(is_start, stay, partial(propose, i), draw_key, now.latents)
+
+        def stay() -> tuple[Latents, Array]:
+            return now.latents, jnp.zeros(batch)
+
+        def go() -> tuple[Latents, Array]:
+            proposed, log_ratio = propose(i, draw_key, now.latents)
+            return proposed, log_ratio - jnp.log(jax.random.uniform(accept_key, batch))
+
+        proposed, log_odds = jax.lax.cond(is_start, stay, go)
         new = target(proposed)
         log_new = jnp.where(jnp.isnan(new.log_density), -jnp.inf, new.log_density)
-        accept = jnp.log(jax.random.uniform(accept_key, batch)) < log_new - now.log_density + log_ratio
-        now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept | is_start, new), new, old), new, now)
+        accept = is_start | (log_new - now.log_density + log_odds > 0)
+        now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), new, now)
         return now, accepted + jnp.where(is_start, 0.0, accept.mean(0))
 
     end, accepted = jax.lax.fori_loop(0, num_moves + 1, one, (start, jnp.zeros(batch[1:])))
     return end, accepted / jnp.maximum(num_moves, 1)
-
-
-def _stay(batch: tuple[int, ...], rng_key: Array, latents: Latents) -> tuple[Latents, Array]:
-    return latents, jnp.zeros(batch)
 
 
 def _flatten(latents: Latents) -> Array:
