@@ -7,6 +7,7 @@ from pp_diffusion import units as units
 from pp_diffusion.bounds import Bound as Bound
 from pp_diffusion.bounds import LowerBound as LowerBound
 from pp_diffusion.bounds import lower_bound as lower_bound
+from pp_diffusion.covariates import Covariates as Covariates
 from pp_diffusion.diffusion import Diffusion as Diffusion
 from pp_diffusion.divergence import Hutchinson as Hutchinson
 from pp_diffusion.entropies import EntropyBounds as EntropyBounds
@@ -30,6 +31,7 @@ from pp_diffusion.posterior.perturb import perturb as perturb
 from pp_diffusion.posterior.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.posterior.tempered import TemperedSMC as TemperedSMC
 from pp_diffusion.posterior.verdicts import CollapseWarning as CollapseWarning
+from pp_diffusion.prior import ConditionalPrior as ConditionalPrior
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess
 from pp_diffusion.rules import Parameterization as Parameterization
