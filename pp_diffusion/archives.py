@@ -95,9 +95,7 @@ def _mode_of(path: Path) -> int:
     return 0o666 & ~umask
 
 
-def read_whole(
-    path: Path, form: str, version: int, writer: str
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_whole(path: Path, form: str, version: int, writer: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The header and the arrays of a file of this format, of this version or an earlier one.
 
     :raises ValueError: if the file is damaged, or not one that ``writer`` wrote.

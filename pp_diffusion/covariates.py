@@ -64,7 +64,7 @@ class Numbers(Encoder, saved_as="Numbers"):
         self._set(loc=loc, scale=scale, shape=shape, is_marked=is_marked, event_ndim=len(shape))
 
     @classmethod
-    def of(cls, values: np.ndarray, is_marked: bool) -> Numbers:
+    def from_rows(cls, values: np.ndarray, is_marked: bool) -> Numbers:
         """Those of rows."""
         rows = np.asarray(values, np.float64)
         loc, scale = (f(rows, axis=0 if rows.ndim <= 2 else None) for f in (np.mean, np.std))
@@ -106,7 +106,7 @@ class Labels(Encoder, saved_as="Labels"):
         self._set(values=values, event_ndim=0)
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Labels:
+    def from_rows(cls, values: np.ndarray) -> Labels:
         """Those of rows.
 
         :raises ValueError: naming ``context``, where there are very many.
@@ -129,7 +129,9 @@ class Labels(Encoder, saved_as="Labels"):
         unseen = [label for label in np.unique(np.asarray(value)).tolist() if label not in self.values]
         if unseen:
             known = ", ".join(map(repr, self.values[:8])) + (", …" if len(self.values) > 8 else "")
-            raise ValueError(f"context holds the label {unseen[0]!r}, which was not seen in training; there are {known}")
+            raise ValueError(
+                f"context holds the label {unseen[0]!r}, which was not seen in training; there are {known}"
+            )
 
     def __call__(self, value: Any) -> Array:
         if not isinstance(value, jax.core.Tracer):
@@ -164,7 +166,7 @@ class AsGiven(Encoder, saved_as="AsGiven"):
 
 
 class Covariates(Frozen):
-    """From a context as users have it to the numbers that a network is given; made by :meth:`of`.
+    """From a context as users have it to the numbers that a network is given; made by :meth:`from_rows`.
 
     :func:`~pp_diffusion.fit` makes one from the context that it trains with, and all that it trains holds it. Floats
     are standardised, and a single one for each datum is a vector of one. A single integer, boolean or string for each
@@ -174,7 +176,7 @@ class Covariates(Frozen):
     .. doctest::
 
         >>> import numpy as np, pp_diffusion as ppd
-        >>> covariates = ppd.Covariates.of({"size": np.array([[1.0], [3.0]]), "kind": np.array(["oak", "elm"])})
+        >>> covariates = ppd.Covariates.from_rows({"size": np.array([[1.0], [3.0]]), "kind": np.array(["oak", "elm"])})
         >>> covariates({"size": [2.0], "kind": "oak"})
         {'kind': Array([0., 1.], dtype=float32), 'size': Array([0.], dtype=float32)}
 
@@ -191,7 +193,7 @@ class Covariates(Frozen):
         self._set(encoders=encoders, drop=float(drop))
 
     @classmethod
-    def of(cls, context: Any, *, drop: float = 0.0, encode: bool = True) -> Covariates:
+    def from_rows(cls, context: Any, *, drop: float = 0.0, encode: bool = True) -> Covariates:
         """Those of training rows.
 
         :param context: an array (or pytree) with the rows as its first axis.
@@ -209,10 +211,10 @@ class Covariates(Frozen):
             if not encode:
                 return AsGiven(values.shape[1:])
             if values.ndim == 1 and values.dtype.kind in "biuUS":
-                return Labels.of(values)
+                return Labels.from_rows(values)
             check_numbers(values, "context")
             check_complete(leaf, "context", "Impute them, or drop these rows")
-            return Numbers.of(values, drop > 0)
+            return Numbers.from_rows(values, drop > 0)
 
         return cls(jax.tree.map(encoder, _with_arrays(context)), drop)
 
@@ -267,6 +269,10 @@ def _with_arrays(context: Any) -> Any:
     """Lists and tuples of numbers or words are arrays."""
 
     def is_leaf(node: Any) -> bool:
-        return isinstance(node, (list, tuple)) and not any(isinstance(part, (dict, jax.Array, np.ndarray)) for part in node)
+        return isinstance(node, (list, tuple)) and not any(
+            isinstance(part, (dict, jax.Array, np.ndarray)) for part in node
+        )
 
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, (list, tuple)) else leaf, context, is_leaf=is_leaf)
+    return jax.tree.map(
+        lambda leaf: np.asarray(leaf) if isinstance(leaf, (list, tuple)) else leaf, context, is_leaf=is_leaf
+    )

@@ -287,6 +287,8 @@ def _pack_network(module: Any) -> dict[str, Any]:
     if STOCK_NETWORKS.get(kind) is not type(module):
         return {"type": kind}
     fields = {k: getattr(module, k) for k in module.__dataclass_fields__ if k not in ("parent", "name")}
+    if any(isinstance(value, nn.Module) for value in fields.values()):  # it holds one of the user's own
+        return {"type": kind}
     return {"type": kind, "fields": fields}
 
 

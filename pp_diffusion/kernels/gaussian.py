@@ -175,9 +175,7 @@ class GaussianKernel(Kernel, saved_as="GaussianKernel"):
         # the product of the powers, where the two variances are equal
         mean, other = base_of(given).loc, base_of(without).loc
         variance, broad = base_of(given).scale ** 2, base_of(without).scale ** 2
-        return self.normal(
-            other + strength * (mean - other), broad + jnp.clip(strength, 0, 1) * (variance - broad)
-        )
+        return self.normal(other + strength * (mean - other), broad + jnp.clip(strength, 0, 1) * (variance - broad))
 
     def entropy(self, distribution: dist.Distribution) -> Array:
         scale = base_of(distribution).scale

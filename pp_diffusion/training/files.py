@@ -47,7 +47,9 @@ def write_fit(
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "diffusion": pack_diffusion(diffusion, arrays),
-        "params": pack_tree({site: value for site, value in params.items() if value is not covariates}, "params", arrays),
+        "params": pack_tree(
+            {site: value for site, value in params.items() if value is not covariates}, "params", arrays
+        ),
         "covariates": pack_covariates(covariates, arrays),
         "validation": validation is not None,
         "notes": notes,

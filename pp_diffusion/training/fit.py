@@ -215,7 +215,7 @@ def fit(
     plan, chosen, layout = Plan(num_steps, total_steps).checked(), as_objective(objective, diffusion), as_layout(mesh)
     check_key(rng_key)
     share = val_prop if validation_data is None else 0.0
-    encoding = _encoding(covariates or getattr(state, "covariates", None), context_drop)
+    encoding = _encoding(covariates, state, context_drop)
     source = as_source(diffusion.space, data, context, batch_size, rng_key, layout, share, row_noise, encoding)
     own_rows = None if validation_data is None else as_held_out(diffusion.space, validation_data, source.covariates)
     rows = own_rows or source.held_out
@@ -246,9 +246,10 @@ def fit(
     return result()
 
 
-def _encoding(covariates: Covariates | None, drop: float) -> Encoding:
+def _encoding(covariates: Any, state: Any, drop: float) -> Encoding:
+    covariates = getattr(state, "covariates", None) if covariates is None else covariates
     if covariates is None:
-        return partial(Covariates.of, drop=drop)
+        return partial(Covariates.from_rows, drop=drop)
     if not isinstance(covariates, Covariates):
         raise TypeError(f"covariates must be a Covariates or None; got {type(covariates).__name__}")
     if drop not in (0, covariates.drop):

@@ -99,9 +99,7 @@ class Source:
 class Batches(Source):
     """Batches, or pairs ``(x, context)``, over and over where they can be read again; stacked for each dispatch."""
 
-    def __init__(
-        self, space: DataSpace, data: Iterable[Any], layout: Layout, encoding: Encoding | None = None
-    ) -> None:
+    def __init__(self, space: DataSpace, data: Iterable[Any], layout: Layout, encoding: Encoding | None = None) -> None:
         self.space, self.data, self.layout, self.encoding = space, data, layout, encoding
         self.iterator: Any = iter(data)
         self.count = 0
