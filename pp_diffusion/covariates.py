@@ -67,10 +67,11 @@ class Numbers(Encoder, saved_as="Numbers"):
     def from_rows(cls, values: np.ndarray, is_marked: bool) -> Numbers:
         """Those of rows."""
         rows = np.asarray(values, np.float64)
-        loc, scale = (f(rows, axis=0 if rows.ndim <= 2 else None) for f in (np.mean, np.std))
-        scale = np.where(scale > 1e-6 * np.abs(loc), scale, 1.0)
-        arrays = (jnp.asarray(a, float) for a in (loc, np.where(scale > 0, scale, 1.0)))
-        return cls(*arrays, shape=values.shape[1:], is_marked=is_marked and rows.ndim <= 2)
+        axis = 0 if rows.ndim <= 2 else None
+        loc, scale = np.asarray(rows.mean(axis)), np.asarray(rows.std(axis))
+        varies = scale > 1e-6 * np.abs(loc)  # more than by rounding
+        unit = jnp.asarray(np.where(varies, scale, 1.0), float)
+        return cls(jnp.asarray(loc, float), unit, values.shape[1:], is_marked and rows.ndim <= 2)
 
     @property
     def encoded_shape(self) -> tuple[int, ...]:
@@ -90,8 +91,7 @@ class Numbers(Encoder, saved_as="Numbers"):
     def __call__(self, value: Any) -> Array:
         encoded = (jnp.asarray(value, float) - self.loc) / self.scale
         encoded = encoded if self.shape else encoded[..., None]
-        ones = jnp.ones((*encoded.shape[:-1], 1)) if self.is_marked else jnp.zeros((*encoded.shape[:-1], 0))
-        return jnp.concatenate([encoded, ones], -1) if self.is_marked else encoded
+        return jnp.concatenate([encoded, jnp.ones_like(encoded[..., :1])], -1) if self.is_marked else encoded
 
 
 class Labels(Encoder, saved_as="Labels"):
@@ -255,7 +255,7 @@ class Covariates(Frozen):
 
     def _each(self, function: Any, context: Any) -> Any:
         context = _with_arrays(context)
-        own = jax.tree.structure(self.encoders, is_leaf=_is_encoder)
+        own: Any = jax.tree.structure(self.encoders, is_leaf=_is_encoder)
         if jax.tree.structure(context) != own:
             raise ValueError(f"context must have the structure that it had in training, {own}; got {context}")
         return jax.tree.map(function, self.encoders, context, is_leaf=_is_encoder)

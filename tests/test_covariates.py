@@ -101,7 +101,7 @@ def test_a_prior_is_a_function_of_words():
     assert prior.batch_shape == (2,) and result.prior("oak").batch_shape == ()
     means = prior.sample(KEY, (500,)).mean(0)
     for mean, word in zip(means, ("oak", "elm"), strict=True):
-        np.testing.assert_allclose(mean, X[WORDS == word].mean(0), atol=0.6)
+        np.testing.assert_allclose(mean, X[word == WORDS].mean(0), atol=0.6)
     same(result.prior("elm"), result.prior("oak").with_context("elm"))
     same(result.prior("elm"), result.diffusion.prior(result.params, context="elm"))
     assert ppd.lower_bound(KEY, result.prior(WORDS), X).value.shape == (120,)

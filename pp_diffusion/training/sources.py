@@ -23,7 +23,6 @@ from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.training.sharding import Layout
 
-
 #: From the rows of a context to what encodes it.
 Encoding = Callable[[Any], Covariates]
 #: Of a function's batches, so many rows tell the scale of their context.
