@@ -94,7 +94,7 @@ class DiffusionPrior(dist.Distribution):
         self.process, self.transform, self.covariates = process.checked(), transform, covariates
         self.log_prob_rule = log_prob
         batch_shape = batch_shape_of(process.context, process.context_batch_ndim)
-        super().__init__(batch_shape, process.kernel.event_shape, validate_args=validate_args)
+        super().__init__(batch_shape, self.space.event_shape, validate_args=validate_args)
 
     @property
     def kernel(self) -> Kernel:

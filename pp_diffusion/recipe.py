@@ -104,7 +104,7 @@ class Recipe(Frozen):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
-        return self.kernel.event_shape
+        return self.space.event_shape
 
     @property
     def support(self) -> constraints.Constraint:
@@ -149,7 +149,7 @@ class Recipe(Frozen):
         if rng_key is None:
             raise ValueError("params is needed, or a numpyro.handlers.seed handler that can initialise the network")
         one = jax.tree.map(lambda c: jnp.asarray(c)[(0,) * context_batch_ndim][None], context)
-        x_t = self.kernel.as_state(jnp.zeros((1, *self.event_shape)))
+        x_t = self.kernel.as_state(jnp.zeros((1, *self.kernel.event_shape)))
         return self.network.init(rng_key, x_t, jnp.ones(1, int), jnp.zeros(1), one)
 
     def reverse_process(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.distributions import constraints
 from numpyro.distributions import transforms as numpyro_transforms
 
 from pp_diffusion import networks
@@ -36,6 +37,7 @@ FORMAT = "pp_diffusion prior"
 FORMAT_VERSION = 3
 STOCK_NETWORKS: dict[str, type[nn.Module]] = {name: getattr(networks, name) for name in networks.__all__}
 STOCK_TRANSFORMS = {"UniformBlocks": UniformBlocks}
+DOMAINS = {name: getattr(constraints, name) for name in ("real", "positive", "unit_interval")}
 
 
 def save(path: str | os.PathLike[str], prior: DiffusionPrior | ConditionalPrior) -> None:
@@ -83,7 +85,8 @@ def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior | 
 
     :param path: the file.
     :param network: the network, where it was not a stock one.
-    :return: the prior, or the function of a context that was saved; its samples, for the same keys, are those of the one that was saved.
+    :return: the prior, or the function of a context; its samples, for the same keys, are those of the one that was
+        saved.
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if the file is damaged or foreign, or needs ``network``.
     """
@@ -256,15 +259,18 @@ def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) ->
         for k, v in vars(transform).items()
         if not k.startswith("_") and isinstance(v, (jax.Array, np.ndarray, float, int))
     }
+    named = {}
+    if isinstance(transform, numpyro_transforms.AffineTransform):  # behind another one it has a part of the numbers
+        named = {"domain": name for name, domain in DOMAINS.items() if domain is transform.domain}
     try:
-        rebuilt = cls(**numbers)
+        rebuilt = cls(**numbers, **{key: DOMAINS[domain] for key, domain in named.items()})
     except TypeError:
         rebuilt = None
     if rebuilt is None or rebuilt != transform:
         raise TypeError(f"transform of type {cls.__name__} cannot be saved with its settings")
     for key, value in numbers.items():
         put(f"{name}.{key}", value, arrays)
-    return {"type": cls.__name__, "arrays": {key: f"{name}.{key}" for key in numbers}}
+    return {"type": cls.__name__, "arrays": {key: f"{name}.{key}" for key in numbers}, **named}
 
 
 def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
@@ -277,7 +283,8 @@ def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
     cls = getattr(numpyro_transforms, packed["type"])
     if not (isinstance(cls, type) and issubclass(cls, numpyro_transforms.Transform)):
         raise TypeError(f"{packed['type']} is no transform")
-    return cls(**{key: jnp.asarray(arrays[member]) for key, member in packed["arrays"].items()})
+    named = {"domain": DOMAINS[packed["domain"]]} if "domain" in packed else {}
+    return cls(**{key: jnp.asarray(arrays[member]) for key, member in packed["arrays"].items()}, **named)
 
 
 def _pack_network(module: Any) -> dict[str, Any]:

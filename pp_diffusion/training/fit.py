@@ -163,9 +163,9 @@ def fit(
         Images or sets go through :class:`networks.Embedded <pp_diffusion.networks.Embedded>`.
     :param context_drop: the share of the rows in each batch whose context is dropped, so that one network is the
         unconditional prior too, ``fit.prior(None)``, and draws can be guided, ``fit.prior(context).guided(2.0)``.
-    :param covariates: what encodes the context, such as that of an earlier fit, or one that knows labels which the first
-        batch does not; ``None`` makes it from the context of all rows, of the first batch or of a function's first
-        4096 rows. The programs ``diffusion.model`` and its like take a context that is encoded,
+    :param covariates: what encodes the context, such as that of an earlier fit, or one that knows labels which the
+        first batch does not; ``None`` makes it from the context of all rows, of the first batch or of a function's
+        first 4096 rows. The programs ``diffusion.model`` and its like take a context that is encoded,
         ``fit.covariates(context)``.
     :param int num_times: time steps drawn per row and update.
     :param objective: ``"bound"``, the paper's K; or ``"mse"``, the squared error of :math:`f_\mu` summed over steps
