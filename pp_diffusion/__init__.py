@@ -23,6 +23,9 @@ from pp_diffusion.last_step import Discretized as Discretized
 from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
 from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.objectives import log_weight as log_weight
+from pp_diffusion.posterior.amortized import Amortized as Amortized
+from pp_diffusion.posterior.amortized import AmortizedSMC as AmortizedSMC
+from pp_diffusion.posterior.amortized import amortize as amortize
 from pp_diffusion.posterior.api import SMC as SMC
 from pp_diffusion.posterior.comparison import EvidenceComparison as EvidenceComparison
 from pp_diffusion.posterior.comparison import compare_evidence as compare_evidence

@@ -259,11 +259,12 @@ def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) ->
         for k, v in vars(transform).items()
         if not k.startswith("_") and isinstance(v, (jax.Array, np.ndarray, float, int))
     }
-    named = {}
+    named, given = {}, {}
     if isinstance(transform, numpyro_transforms.AffineTransform):  # behind another one it has a part of the numbers
-        named = {"domain": name for name, domain in DOMAINS.items() if domain is transform.domain}
+        given = {"domain": transform.domain}
+        named = {key: name for key, domain in given.items() for name in DOMAINS if DOMAINS[name] is domain}
     try:
-        rebuilt = cls(**numbers, **{key: DOMAINS[domain] for key, domain in named.items()})
+        rebuilt = cls(**numbers, **given) if len(named) == len(given) else None
     except TypeError:
         rebuilt = None
     if rebuilt is None or rebuilt != transform:

@@ -94,11 +94,12 @@ def transform_to(constraint: constraints.Constraint, data: ArrayLike | None = No
     inside = np.asarray(constraint(jnp.asarray(values, float)))
     if not inside.all():
         raise ValueError(f"data must be in {constraint!r}; {np.count_nonzero(~inside)} of {inside.size} are not")
-    if (bad := np.asarray(on_edge(transform, jnp.asarray(values, float)))).any():
+    bad = np.asarray(on_edge(transform, jnp.asarray(values, float)))
+    if bad.any():
         raise ValueError(
             f"data must lie inside of {constraint!r}, and not on its edge, where a density ends; there are "
-            f"{np.count_nonzero(bad)} of {bad.size} values in {name_columns(bad.any(0))}. Move them inside by what they "
-            "are rounded to, say; or let a mixture have the edge as a case of its own"
+            f"{np.count_nonzero(bad)} of {bad.size} values in {name_columns(np.any(bad, 0, keepdims=True)[0])}. Move "
+            "them inside by what they are rounded to, say; or let a mixture have the edge as a case of its own"
         )
     unit = standardize(np.asarray(transform.inv(jnp.asarray(values, float))))
     return unit if isinstance(transform, IdentityTransform) else ComposeTransform([unit, transform])
