@@ -281,6 +281,12 @@ class AmortizedSMC(LatentSampler):
         super().__init__(num_particles, num_chains)
         self.amortized, self.prior_share = amortized, float(prior_share)
 
+    @property
+    def weighed(self) -> Weighed:
+        """The particles, with their weights from before resampling."""
+        found: Weighed = self._done.weighed
+        return found
+
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> None:
         """Runs all chains on these arguments of the model, with what is observed.
 
@@ -307,13 +313,12 @@ def weigh(
     draw_key, plain_key, path_key, resample_key = jax.random.split(rng_key, 4)
     space, total = prior.space, num_drawn + num_plain
     z, log_ratio = propose(draw_key, prior.process, (num_drawn, num_chains))
-    drawn = space.to_data(z)
-    plain = over_particles(target.draw)(jax.random.split(plain_key, (num_plain, num_chains)))
-    plain = jnp.nan_to_num(plain, posinf=FARTHEST, neginf=-FARTHEST).reshape(num_plain, *drawn.shape[1:])
-    z = jnp.concatenate([z, space.to_model(plain)])
-    # log of the diffusion's density over the forward trajectory's: of its draws, and of the prior's with their paths
-    ratio = jnp.concatenate([-log_ratio, log_weight(path_key, prior.process, z[num_drawn:])])
-    position = jnp.concatenate([drawn, plain])
+    position, ratio = space.to_data(z), -log_ratio  # of the diffusion's density over the forward trajectory's
+    if num_plain:
+        plain = over_particles(target.draw)(jax.random.split(plain_key, (num_plain, num_chains)))
+        plain = jnp.nan_to_num(plain, posinf=FARTHEST, neginf=-FARTHEST)
+        position, z = jnp.concatenate([position, plain]), jnp.concatenate([z, space.to_model(plain)])
+        ratio = jnp.concatenate([ratio, log_weight(path_key, prior.process, z[num_drawn:])])
     log_prior, log_likelihood = over_particles(target.log_densities)(position)
     proposal = ratio - space.log_abs_det(z, position) + math.log(num_drawn / total)
     if num_plain:

@@ -113,7 +113,7 @@ def _check(messages: Mapping[str, Message]) -> None:
                 "by handlers.condition, and weigh the runs by their log_evidence; or take NUTS, which sums it "
                 "out, by infer={'enumerate': 'parallel'}"
             )
-    if not any(map(_is_latent, messages.values())):
+    if not any(map(is_latent, messages.values())):
         raise ValueError("the model has no latent site")
 
 
