@@ -52,9 +52,8 @@ class EvidenceComparison(NamedTuple):
 def compare_evidence(runs: Mapping[str, SMC | LatentSampler]) -> EvidenceComparison:
     """Log Bayes factors and probabilities of models of the same data, with errors.
 
-    :param runs: by name, :class:`~pp_diffusion.SMC` or :class:`~pp_diffusion.TemperedSMC` or
-        :class:`~pp_diffusion.AmortizedSMC` objects that have been run;
-        from 8 chains on, they have errors.
+    :param runs: by name, :class:`~pp_diffusion.SMC`, :class:`~pp_diffusion.TemperedSMC` or
+        :class:`~pp_diffusion.AmortizedSMC` objects that have been run; from 8 chains on, they have errors.
     :raises TypeError: if ``runs`` is no mapping to SMC objects.
     :raises ValueError: with fewer than two models; where they did not observe the same data; where a run collapsed.
 
