@@ -60,6 +60,13 @@ def test_pairs_are_those_of_the_model(amortized):
     assert np.corrcoef(context["z"][:, 0], np.exp(latents[:, 0]))[0, 1] > 0.8
 
 
+def test_a_summary_is_the_context(amortized):
+    """Of the sites in their own shapes; it moves no answer's target."""
+    own = train(summary=lambda sites: jnp.stack([sites["y"].mean(), 1.0 * sites["z"]]))
+    assert own.simulator.batch(KEY, 4)[1].shape == (4, 2)
+    assert own.sample(KEY, 3, **DATA)["x"].shape == (3,)
+
+
 def test_simulations_without_end():
     endless = train(num_simulations=None, batch_size=16)
     assert len(endless.fit.validation.values) == 1 and np.isfinite(endless.fit.losses).all()
@@ -68,7 +75,7 @@ def test_simulations_without_end():
 def test_all_that_a_sampler_gives(smc, capsys):
     draws, chains = smc.get_samples(), smc.get_samples(group_by_chain=True)
     assert draws["x"].shape == (600,) and chains["s"].shape == (2, 300) and (draws["s"] > 0).all()
-    assert smc.log_evidences.shape == (2,) and np.isnan(smc.log_evidence_error)
+    assert smc.log_evidences.shape == (2,) and np.isnan(smc.log_evidence_error) and 0 < smc.effective_share <= 1
     smc.print_summary()
     out = capsys.readouterr().out
     assert "300 particles in 2 chains, 30 of each drawn from the prior; effective:" in out and "log evidence" in out

@@ -38,7 +38,7 @@ def test_script_is_short_and_imports_little(name):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
-    assert imported <= {"jax", "numpyro", "flax", "pp_diffusion", "functools"}
+    assert imported <= {"jax", "numpyro", "flax", "pp_diffusion", "functools", "typing"}
     assert '__name__ == "__main__"' in source
 
 

@@ -47,12 +47,19 @@ class Simulator:
     """A model as a simulator of pairs.
 
     :param observed: the names of the sites that will be observed.
+    :param summary: of their values, by site, what a network is given; ``None`` is all of them, each as a vector.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], observed: tuple[str, ...]
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        observed: tuple[str, ...],
+        summary: Callable[[dict[str, Array]], Any] | None = None,
     ) -> None:
         self.model, self.args, self.kwargs, self.observed = model, args, dict(kwargs), observed
+        self.summary = summary
         sites = trace_model(model, self.args, self.kwargs).sites
         for name in observed:
             if name not in sites or sites[name]["type"] != "sample":
@@ -72,21 +79,22 @@ class Simulator:
         #: name and shape, unconstrained, in the order in which a vector holds them
         self.shapes = tuple((name, jnp.shape(unconstrained(m))) for name, m in latents.items())
 
-    def __call__(self, rng_key: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, rng_key: Array) -> tuple[Array, Any]:
         """The latents, unconstrained and in one vector; and what would be observed."""
         sites = trace_model(self.model, self.args, self.kwargs, None, {}, rng_key).sites
         latents = jnp.concatenate([jnp.ravel(unconstrained(sites[name])) for name in self.latents])
         latents = jnp.nan_to_num(latents, posinf=FARTHEST, neginf=-FARTHEST)
-        return latents, as_context({name: sites[name]["value"] for name in self.observed})
+        return latents, self.context({name: sites[name]["value"] for name in self.observed})
 
-    def batch(self, rng_key: Array, size: int) -> tuple[Array, dict[str, Array]]:
+    def context(self, observed: Mapping[str, Array]) -> Any:
+        """What was observed, as a network is given it."""
+        if self.summary is not None:
+            return self.summary(dict(observed))
+        return {name: jnp.ravel(jnp.asarray(value, float)) for name, value in observed.items()}
+
+    def batch(self, rng_key: Array, size: int) -> tuple[Array, Any]:
         """So many."""
         return jax.vmap(self)(jax.random.split(rng_key, size))
-
-
-def as_context(observed: Mapping[str, Array]) -> dict[str, Array]:
-    """What was observed, site by site as a vector of floats."""
-    return {name: jnp.ravel(jnp.asarray(value, float)) for name, value in observed.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Amortized:
     """What :func:`amortize` returns.
 
     :ivar fit: the conditional diffusion over the model's latents, unconstrained and in one vector; its context is what
-        is observed, a dictionary by site.
+        is observed, as :meth:`Simulator.context` gives it.
     :ivar simulator: the model that it was trained on.
     """
 
@@ -132,7 +140,7 @@ class Amortized:
         missing = [name for name in simulator.observed if name not in found]
         if missing:
             raise ValueError(f"site {missing[0]!r} must be observed: it is what the simulations were trained on")
-        return target, self.fit.prior(as_context({name: found[name] for name in simulator.observed}))
+        return target, self.fit.prior(simulator.context({name: found[name] for name in simulator.observed}))
 
 
 def amortize(
@@ -145,6 +153,7 @@ def amortize(
     num_simulations: int | None = 10_000,
     num_steps: int = 4000,
     batch_size: int = 512,
+    summary: Callable[[dict[str, Array]], Any] | None = None,
     diffusion: Callable[[Array], Diffusion] | None = None,
     **settings: Any,
 ) -> Amortized:
@@ -162,8 +171,11 @@ def amortize(
         2000 others.
     :param num_steps: updates.
     :param batch_size: rows per update.
+    :param summary: of what is observed, a dictionary by site, to what the network is given: sufficient statistics, say,
+        or an image for an :class:`~networks.Embedded` network. It changes how good the amortisation is, and never what
+        :meth:`Amortized.smc` converges to. ``None`` gives all of it, each site as a vector.
     :param diffusion: from simulated latents, shape ``(N, n)``, to the :class:`~pp_diffusion.Diffusion` that is trained;
-        its network is given a dictionary of vectors as context. ``None`` is 100 learned steps from
+        ``None`` is 100 learned steps from
         :math:`\beta_1 = 10^{-5}`, and an ``MLP`` of three layers of 128.
     :param settings: as for :func:`~pp_diffusion.fit`.
     :raises TypeError, ValueError: naming the argument, or the site that does not serve.
@@ -186,7 +198,7 @@ def amortize(
     names = (observed,) if isinstance(observed, str) else tuple(observed)
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
-    simulator = Simulator(model, args, kwargs or {}, names)
+    simulator = Simulator(model, args, kwargs or {}, names, summary)
     key, fit_key, held_out_key = jax.random.split(typed_key(rng_key), 3)
     count = SIMULATIONS_FOR_SCALES if num_simulations is None else positive_int("num_simulations", num_simulations)
     latents, context = jax.jit(simulator.batch, static_argnums=1)(key, count)
@@ -280,6 +292,12 @@ class AmortizedSMC(LatentSampler):
             raise ValueError(f"prior_share must be in [0, 1); got {prior_share}")
         super().__init__(num_particles, num_chains)
         self.amortized, self.prior_share = amortized, float(prior_share)
+
+    @property
+    def effective_share(self) -> float:
+        """The effective sample size over the number of particles, the mean of the chains': 1 for an amortisation that
+        is exact."""
+        return float(ess(self.weighed.log_weights).mean() / self.num_particles)
 
     @property
     def weighed(self) -> Weighed:
