@@ -3,8 +3,8 @@
 ``python -m benchmarks.simulation --data FOLDER [--task NAME …] [--simulations 10000] [--observations 10]``. FOLDER is
 ``sbibm/tasks`` of the unzipped wheel of sbibm 1.1.0 (``pip download sbibm==1.1.0 --no-deps``).
 
-C2ST is the accuracy of a classifier that tells 10 000 draws from the reference's 10 000, by scikit-learn's ``MLPClassifier``
-and 5 folds, as sbibm has it; .5 is best. *Amortised* are draws of ``amortize`` at its defaults, whatever the task;
+C2ST is the accuracy of a classifier that tells 10 000 draws from the reference's 10 000, by scikit-learn's
+``MLPClassifier`` and 5 folds, as sbibm has it; .5 is best. *Amortised* are draws of ``amortize`` at its defaults, whatever the task;
 *exact* those of ``amortized.smc()``, which knows the likelihood. Coverage: of the sets of highest rank in each
 coordinate, 90 % wide, over 1000 new pairs.
 """
