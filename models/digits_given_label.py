@@ -1,7 +1,7 @@
 """Handwritten digits given which they are: one network that draws any digit, a digit of a kind, and tells kinds apart.
 
-The diffusion is that of ``models/digits.py``; a tenth of the labels is dropped in training. By Bayes' rule,
-p(label | x) is proportional to p(x | label), of which K is a bound.
+The diffusion is that of ``digits.py``; a tenth of the labels is dropped in training. By Bayes' rule, p(label | x) is
+proportional to p(x | label), of which K is a bound.
 """
 
 from functools import partial
@@ -10,9 +10,19 @@ import jax
 import jax.numpy as jnp
 
 import pp_diffusion as ppd
-from models import digits
 
-DROP = 0.1
+SHAPE, T, DROP = (8, 8), 500, 0.1
+
+
+def diffusion():
+    """Over images, given whatever the network is given."""
+    return ppd.Diffusion(
+        ppd.GaussianKernel(event_shape=SHAPE),
+        ppd.FixedSchedule.log_linear(T, first_beta=3e-2, final_log_snr=-6.0),
+        ppd.networks.Entrywise(),
+        last_step="network",
+        transform=ppd.UniformBlocks(widths=(1, 15, 1), centres=(-1.25, 0, 1.25), scales=(0.25, 0.3, 0.25)),
+    )
 
 
 def batch(rng_key, levels, labels, size=256, shifted=0.3):
@@ -22,7 +32,7 @@ def batch(rng_key, levels, labels, size=256, shifted=0.3):
     x = jnp.pad(levels, ((0, 0), (1, 1), (1, 1)))[rows]
     moved = jax.random.bernoulli(which_key, shifted, (size, 1))
     corner = jnp.where(moved, jax.random.randint(shift_key, (size, 2), 0, 3), 1)
-    x = jax.vmap(partial(jax.lax.dynamic_slice, slice_sizes=digits.SHAPE))(x, corner)
+    x = jax.vmap(partial(jax.lax.dynamic_slice, slice_sizes=SHAPE))(x, corner)
     return ppd.datasets.dequantize(noise_key, x), labels[rows]
 
 
@@ -30,7 +40,7 @@ def fit(rng_key, data, **settings):
     """Trains on images and labels; ``fit.prior(label)`` is p(x | label), ``fit.prior(None)`` is p(x)."""
     draw = partial(batch, levels=data.train, labels=data.train_labels)
     covariates = ppd.Covariates.from_rows(data.train_labels, drop=DROP)
-    return ppd.fit(rng_key, digits.diffusion(), draw, covariates=covariates, context_drop=DROP, **settings)
+    return ppd.fit(rng_key, diffusion(), draw, covariates=covariates, context_drop=DROP, **settings)
 
 
 def log_joint(rng_key, prior, images, *, num_samples=4):
