@@ -6,7 +6,8 @@
 C2ST is the accuracy of a classifier that tells 10 000 draws from the reference's 10 000, by scikit-learn's
 ``MLPClassifier`` and 5 folds, as sbibm has it; .5 is best. *Amortised* are draws of ``amortize``, by one recipe for all
 tasks: a wide network without and a narrow one with decay of its weights, of which the held-out simulations choose.
-*Exact* are those of ``amortized.smc()``, which knows the likelihood. Coverage: how often the central 90 % of the amortised draws hold the truth, coordinate by coordinate, of 1000 new pairs.
+*Exact* are those of ``amortized.smc()``, which knows the likelihood. Coverage: how often the central 90 % of the
+amortised draws hold the truth, coordinate by coordinate, of 1000 new pairs.
 """
 
 from __future__ import annotations
