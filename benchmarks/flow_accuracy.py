@@ -54,8 +54,9 @@ def of_law(name: str, small: bool) -> list[Row]:
 
 def x64(is_on: bool) -> Any:
     """A context."""
-    context: Any = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # before JAX 0.8
-    return context(is_on)
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(is_on)
+    return jax.experimental.enable_x64(is_on)  # before JAX 0.8
 
 
 def flow_of(name: str, num_steps: int) -> ppd.DiffusionFlow:

@@ -365,6 +365,7 @@ def test_density_is_numpyros(case):
 def test_normal_parts_make_up_the_density(case):
     found = case.found
     total = normal_log_prob(found) + found.correction + found.discrepancy.sum(-1) + found.log_other
+    total += found.numbers.density.sum(-1)
     np.testing.assert_allclose(total, found.log_r, rtol=2e-5, atol=2e-5)
     if {type(site.kind) for site in case.factors.observed} <= {sites.Normal, sites.MultivariateNormal}:
         assert not found.discrepancy.any() and not found.log_other.any()

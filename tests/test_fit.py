@@ -76,7 +76,7 @@ def test_totals_that_do_not_fit_are_named():
 def test_it_is_svi_on_the_bound_pair():
     """The same updates, written out in plain NumPyro."""
     diffusion, optimizer = small(), optax.adam(1e-3)
-    result = fit(diffusion=diffusion, num_steps=12, optimizer=optimizer, average=None, batch_size=300)
+    result = fit(diffusion=diffusion, num_steps=12, optimizer=optimizer, average=None, batch_size=300, row_noise=0.0)
     svi = SVI(handlers.scale(diffusion.bound_model, scale=1 / 300), diffusion.bound_guide, optimizer, Trace_ELBO())
     init_key, _ = jax.random.split(jax.random.key(1))
     state = svi.init(init_key, DATA[:1])

@@ -15,7 +15,7 @@ def test_scripts_run(tmp_path, monkeypatch, capsys):
         .replace("4_000", "20")
         .replace("50_000", "600, 100")
         .replace("constant_erasure(2000)", "constant_erasure(20)")
-        .replace("num_warmup=300, num_samples=500", "num_warmup=2, num_samples=3, progress_bar=False")
+        .replace("num_warmup=300, num_samples=500", "num_warmup=2, num_samples=4, progress_bar=False")
         .replace("num_particles=1024", "num_particles=32, progress_bar=False")
     )
     script = script.replace("progress_bar=True", "progress_bar=False")

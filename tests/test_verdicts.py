@@ -80,6 +80,16 @@ def test_a_spread_counts_more_where_particles_were_few():
     assert names(thin._replace(least_ess=findings().least_ess)) == [BELIEVABLE] * SYSTEMS
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_evidence_that_is_no_number_is_a_collapse(value):
+    evidences = np.array(findings().log_evidences)
+    evidences[3, 1] = value
+    found = findings(log_evidences=evidences)
+    assert names(found) == [BELIEVABLE, COLLAPSED, BELIEVABLE]
+    assert "in 1 of 8 chains" in judge(found)[1].reasons[0]
+    assert evidence_error(found)[1] == np.inf
+
+
 def test_a_dead_chain_is_a_collapse():
     evidences = np.array(findings().log_evidences)
     evidences[3, 1] = -np.inf

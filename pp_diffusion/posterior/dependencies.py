@@ -13,8 +13,10 @@ from jax import Array
 from pp_diffusion.posterior.messages import Message
 from pp_diffusion.posterior.program import SEED, Latents, Program, Traced
 from pp_diffusion.posterior.reader import Measured, Reader
+from pp_diffusion.posterior.sites import Normal, NormalPart
 from pp_diffusion.states import StateSpace
 
+NUM_PAIRS = 8  # of states, half-way between which it is found out whether a mean is linear in x
 NUM_STATES = 5  # at which it is found out whether systems depend on each other
 
 
@@ -135,13 +137,55 @@ def _same_elsewhere(
 
         state = jax.tree.map(choose, (z, latents))
         # not the sums alone: what is zero, or known exactly, is not in them
-        parts = (*reader.read(*state), *reader.shown(*state))
+        parts = (*jax.tree.leaves(reader.read(*state)), *reader.shown(*state))
         return [jnp.nan_to_num(a.astype(float).reshape(systems.number, -1)) for a in parts]
 
     # one after the other, by the same operations
     found = jax.lax.map(read, jnp.concatenate([jnp.zeros_like(changed[:1]), changed]))
     equal = [(a[1:] == a[:1]).all(-1) for a in found]
     return (jnp.stack(equal).all(0) | changed).all(-1)
+
+
+def curved_sites(reader: Reader, space: StateSpace, messages: dict[str, Message]) -> frozenset[str]:
+    """The sites with normal noise whose mean is not linear in x, or whose noise is not the same everywhere."""
+    normal = [site for site in reader.observed if isinstance(site.kind, Normal)]
+    if not normal:
+        return frozenset()
+    keys = jax.random.split(jax.random.key(0))
+    found = _bends(reader, space, keys, even_draws(messages, reader, keys[1], 1))
+    return frozenset(site.name for site in normal if found[site.name])
+
+
+@jax.jit
+def _bends(reader: Reader, space: StateSpace, keys: Array, even: Latents) -> dict[str, Array]:
+    """Whether what is observed with normal noise is elsewhere than half-way, between two states, of their own."""
+    systems = reader.systems
+    latents = reader.draw(keys[1]) | jax.tree.map(lambda u: u[0], even)
+
+    def normal_parts(z: Array) -> dict[str, NormalPart]:
+        found = reader.measure_states(z, latents).sites
+        parts = {site.name: site.split(found[site.name], systems.number).normal for site in reader.observed}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def at(rng_key: Array) -> dict[str, Array]:
+        a, b = space.pair(rng_key, systems.batch_shape, 0.2)
+        low, half, high = (normal_parts(z) for z in (a, (a + b) / 2, b))
+        return {
+            n: _is_bent(low[n].residual, half[n].residual, high[n].residual) | _differ(low[n].noise, high[n].noise)
+            for n in low
+        }
+
+    found = jax.lax.map(at, jax.random.split(keys[0], NUM_PAIRS))
+    return jax.tree.map(lambda bent: bent.any(), found)
+
+
+def _is_bent(low: Array, half: Array, high: Array) -> Array:
+    away = jnp.abs(low + high - 2 * half)
+    return (away > 1e-3 * jnp.abs(high - low) + 1e-5 * (jnp.abs(low) + jnp.abs(high))).any()
+
+
+def _differ(a: Array, b: Array) -> Array:
+    return (jnp.abs(a - b) > 1e-5 * jnp.abs(a)).any()
 
 
 def owners(reader: Reader, space: StateSpace) -> Array | None:

@@ -18,7 +18,7 @@ from jax import Array
 
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import refusals
-from pp_diffusion.posterior.dependencies import Dependencies, are_independent, dependencies, owners
+from pp_diffusion.posterior.dependencies import Dependencies, are_independent, curved_sites, dependencies, owners
 from pp_diffusion.posterior.exact import Exact, known_places, known_values
 from pp_diffusion.posterior.messages import Message, base_of, is_fixed, lies_in, value_shape
 from pp_diffusion.posterior.program import (
@@ -31,7 +31,7 @@ from pp_diffusion.posterior.program import (
     unconstrained,
 )
 from pp_diffusion.posterior.reader import LatentSite, Reader, Reading, measure
-from pp_diffusion.posterior.sites import Constant, Kind, Site, kind_of
+from pp_diffusion.posterior.sites import Constant, Curved, Kind, Site, kind_of
 from pp_diffusion.posterior.systems import systems_of
 from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess
@@ -118,12 +118,18 @@ class Factors(Frozen):
     @property
     def num_rows(self) -> int:
         """How many numbers of a system are observed exactly, or as normal ones."""
-        return self.num_known + sum(site.size for site in self.observed if site.kind.is_normal_form)
+        sites = [site for site in self.observed if site.kind.is_normal_form and not self.reader.is_along_line(site)]
+        return self.num_known + self.num_numbers + sum(site.size for site in sites)
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers of a system have densities that are averaged along lines."""
+        return sum(site.size for site in self.observed if self.reader.is_along_line(site))
 
     @property
     def has_other(self) -> bool:
         """Whether there are sites without a form of their own."""
-        return any(site.kind.is_averaged for site in self.observed)
+        return any(site.kind.is_averaged and not self.reader.is_along_line(site) for site in self.observed)
 
     @property
     def is_exact(self) -> bool:
@@ -203,6 +209,9 @@ def read_model(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     if space.sets_known:
         refusals.check_exact(reader.observed, depends.of, sites.name)
         known = known_places(reader, sites.prior, sites.name)
+        curved = curved_sites(reader, space, sites.messages)
+        observed = tuple(s._replace(kind=Curved()) if s.name in curved else s for s in reader.observed)
+        reader = reader.replace(observed=observed)
     return Factors(sites.name, sites.prior, reader, depends.dropped, known, owners(reader, space))
 
 

@@ -15,6 +15,18 @@ from pp_diffusion.posterior.messages import Message, is_deterministic, log_prob_
 from pp_diffusion.posterior.program import Latents, Program, Traced, full_precision
 from pp_diffusion.posterior.sites import Kind, Site, SitePart
 from pp_diffusion.posterior.systems import Layout, Systems
+from pp_diffusion.states.lines import MOST_LINES
+
+
+class Numbers(NamedTuple):
+    """Single numbers, whose densities are averaged along the line that each depends on.
+
+    :ivar mean: of each, up to a constant; zero where there is none. Shape ``(…, L)``.
+    :ivar density: the log density of each, as scaled and masked.
+    """
+
+    mean: Array
+    density: Array
 
 
 class Reading(NamedTuple):
@@ -32,6 +44,8 @@ class Reading(NamedTuple):
         depends on nothing.
     :ivar discrepancy: the same per residual, where a density was taken for a normal one.
     :ivar elements: log r per number observed, where all sites' densities come so; else none.
+    :ivar numbers: what is no part of ``residual`` nor ``log_other``, where densities of single numbers are few enough
+        to be averaged one by one.
     """
 
     log_r: Array
@@ -42,6 +56,7 @@ class Reading(NamedTuple):
     correction: Array
     discrepancy: Array
     elements: Array
+    numbers: Numbers
 
 
 class LatentSite(NamedTuple):
@@ -173,6 +188,16 @@ class Reader(Frozen):
         parts = [site.split(found[site.name], self.systems.number).exact for site in self.observed]
         return [part.shown for part in parts if part is not None]
 
+    def is_along_line(self, site: Site) -> bool:
+        """Whether a site's numbers are averaged one by one, each along the line that it depends on."""
+        number = 0
+        for other in self.observed:
+            is_chosen = other.kind.is_single and number + other.size <= MOST_LINES
+            number += other.size if is_chosen else 0
+            if other.name == site.name:
+                return is_chosen
+        return False
+
     @property
     def has_elements(self) -> bool:
         """Whether all that is observed is told number by number."""
@@ -213,17 +238,21 @@ class Reader(Frozen):
         log_r, log_other, correction = zero, zero, zero
         residuals, noises, discrepancies = [empty], [empty], [empty]
         elements: list[Array | None] = [empty]
+        means, densities = [empty], [empty]
         for site in self.observed:
             part, kind = site.split(found.sites[site.name], systems), site.kind
             if kind.is_exact and self.sets_known:
                 continue
             log_prob = part.log_prob.sum(-1)
             log_r += log_prob
-            if kind.is_averaged:
-                log_other += log_prob
             if kind.is_constant:
                 correction += log_prob
-            if kind.is_normal_form and part.normal is not None:
+            if self.is_along_line(site) and part.elements is not None:
+                means.append(jnp.zeros_like(part.elements) if part.normal is None else -part.normal.residual)
+                densities.append(part.elements)
+            elif kind.is_averaged:
+                log_other += log_prob
+            elif kind.is_normal_form and part.normal is not None:
                 residuals.append(part.normal.residual)
                 noises.append(part.normal.noise)
                 discrepancies.append(part.normal.discrepancy)
@@ -240,5 +269,6 @@ class Reader(Frozen):
             correction,
             jnp.concatenate(discrepancies, -1),
             jnp.concatenate(known, -1),
+            Numbers(jnp.concatenate(means, -1), jnp.concatenate(densities, -1)),
         )
         return jax.tree.map(lambda a: a.astype(dtype), reading)

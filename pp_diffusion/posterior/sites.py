@@ -82,12 +82,14 @@ class Kind(Frozen):
     :cvar is_normal_form: whether its numbers are among the residuals of normal observations.
     :cvar is_exact: whether it shows numbers of x without noise.
     :cvar is_averaged: whether it has no form of its own.
+    :cvar is_single: whether its density is that of single numbers, each of which depends on a line in x, as a rule.
     :cvar is_constant: whether it depends on nothing.
     """
 
     is_normal_form: ClassVar[bool] = False
     is_exact: ClassVar[bool] = False
     is_averaged: ClassVar[bool] = False
+    is_single: ClassVar[bool] = False
     is_constant: ClassVar[bool] = False
 
     @classmethod
@@ -131,6 +133,19 @@ class Normal(Kind):
         base = base_of(message)
         normal = as_normal(message, value_of(message), base.loc, base.scale**2)
         return SitePart(log_prob_of(message), log_prob_elements(message), normal)
+
+
+class Curved(Normal):
+    """Normal noise around what is not linear in x, or of a size that depends on x."""
+
+    is_single = True
+
+    @classmethod
+    def matches(cls, message: Message) -> bool:
+        return False  # one run does not say
+
+    def rule(self, words: Words) -> str:
+        return words.curved
 
 
 class MultivariateNormal(Kind):
@@ -193,9 +208,11 @@ class Factor(Kind):
 
 
 class Moments(Kind):
-    """Independent noise that has a mean and a variance: taken for normal. Not that of angles, which go round."""
+    """Independent noise that has a mean and a variance, and may be taken for normal. Not that of angles, which go
+    round."""
 
     is_normal_form = True
+    is_single = True
 
     @classmethod
     def matches(cls, message: Message) -> bool:
@@ -222,6 +239,24 @@ class Moments(Kind):
 
     def rule(self, words: Words) -> str:
         return words.moments
+
+
+class Single(Kind):
+    """Independent real numbers of any other density."""
+
+    is_averaged = True
+    is_single = True
+
+    @classmethod
+    def matches(cls, message: Message) -> bool:
+        base = base_of(message)
+        return not base.event_dim and not base.support.is_discrete
+
+    def read(self, message: Message) -> SitePart:
+        return SitePart(log_prob_of(message), log_prob_elements(message))
+
+    def rule(self, words: Words) -> str:
+        return words.numbers
 
 
 class Other(Kind):
@@ -265,7 +300,7 @@ class Constant(Kind):
 
 
 #: The kinds, of which the first that matches a site is its own.
-KINDS: list[type[Kind]] = [Normal, MultivariateNormal, Exact, Factor, Moments, Other]
+KINDS: list[type[Kind]] = [Normal, MultivariateNormal, Exact, Factor, Moments, Single, Other]
 
 
 def kind_of(message: Message) -> Kind:

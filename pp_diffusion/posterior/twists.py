@@ -119,7 +119,7 @@ class Moment(Twist):
 
     def rules(self, factors: Factors) -> dict[str, str]:
         state = math.prod(factors.state_shape)
-        size = Size(state, factors.num_rows, factors.num_known, factors.owner is not None)
+        size = Size(state, factors.num_rows, factors.num_known, factors.num_numbers, factors.owner is not None)
         words = factors.space.words(size, self.most_rows)
         return {site.name: site.kind.rule(words) for site in factors.observed}
 
@@ -191,6 +191,7 @@ def likelihood(factors: Factors, exact: Exact, latents: Latents) -> Likelihood:
     return Likelihood(
         lambda z: factors.read(z, latents),
         factors.has_other,
+        factors.num_numbers,
         factors.owner,
         bool(latents),
         exact.where,

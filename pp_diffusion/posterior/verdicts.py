@@ -79,7 +79,7 @@ class Findings(NamedTuple):
         """The standard deviation of log Z between chains; infinite where a chain is dead, NaN with one chain."""
         if self.num_chains == 1:
             return np.full(self.log_evidences.shape[1:], np.nan)
-        dead = np.isneginf(self.log_evidences).any(0)
+        dead = ~np.isfinite(self.log_evidences).all(0)
         return np.where(dead, np.inf, np.where(dead, 0.0, self.log_evidences).std(0, ddof=1))
 
 
@@ -123,6 +123,10 @@ def _verdict(complaints: list[tuple[bool, str]]) -> Verdict:
 
 
 def _complaints(found: Findings, s: int) -> Iterator[tuple[bool, str]]:
+    broken = np.isnan(found.log_evidences[:, s]) | np.isposinf(found.log_evidences[:, s])
+    if broken.any():
+        yield True, f"log Z is {found.log_evidences[broken, s][0]} in {broken.sum()} of {found.num_chains} chains"
+        return
     draws, total = found.final_ess[:, s], float(found.final_ess[:, s].sum())
     if total < FEWEST_EFFECTIVE:
         yield True, f"the draws of all chains are worth {total:.1f}"

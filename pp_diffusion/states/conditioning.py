@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pp_diffusion.matrices import cholesky, einsum, half_log_det, solve_lower
+from pp_diffusion.states.lines import along_lines
 from pp_diffusion.states.normal import NormalProposal
 from pp_diffusion.states.outlook import Outlook
 from pp_diffusion.states.rows import Rows, by_gradients, fit_coordinates, in_coordinates
@@ -104,21 +105,31 @@ def condition(
 
 
 def observe(outlook: Outlook, r: Likelihood, power: Array | float) -> Observed:
-    """e, E and H at m, of what is observed with noise and, behind it, of what is known exactly."""
+    """e, E and H at m, of what is observed with noise and, behind it, of what is known exactly.
+
+    Of any other density, as a normal observation of where x is on the line that it depends on.
+    """
     batch, dtype = outlook.m.shape[:BATCH_NDIM], outlook.m.dtype
     at = jnp.broadcast_to(r.where, (*batch, r.num_known))
+    lines = along_lines(outlook, lambda z: r.read(z).numbers, power) if r.num_numbers else None
 
     def h(z: Array) -> tuple[Array, Reading]:
         reading = r.read(z)
         known = jnp.where(r.counts, jnp.take_along_axis(flattened(z), at, -1), 0.0)
-        return jnp.concatenate([-reading.residual, known], -1), reading
+        along = [] if lines is None else [lines.s(z)]
+        return jnp.concatenate([-reading.residual, *along, known], -1), reading
 
     seen, pull, reading = jax.vjp(h, outlook.m, has_aux=True)
     known = seen[..., seen.shape[-1] - r.num_known :]
-    e = jnp.concatenate([reading.residual, jnp.where(r.counts, r.value, 0.0) - known], -1)
+    known_e = jnp.where(r.counts, r.value, 0.0) - known
     unused = jnp.broadcast_to(jnp.where(r.counts, 0.0, 1.0), known.shape).astype(dtype)
-    E = jnp.concatenate([reading.noise / jnp.maximum(power, jnp.finfo(dtype).tiny), unused], -1)
+    noise = reading.noise / jnp.maximum(power, jnp.finfo(dtype).tiny)
     log_rest = reading.correction + outlook.log_known + 0.5 * math.log(2 * math.pi) * unused.sum(-1)
+    parts = [(reading.residual, noise), (known_e, unused)]
+    if lines is not None:
+        parts.insert(1, (lines.e, lines.E))
+        log_rest += lines.log_rest
+    e, E = (jnp.concatenate(part, -1) for part in zip(*parts, strict=True))
     rows = Rows(e, E, lambda z: h(z)[0], lambda v: pull(v)[0])
     return Observed(rows, log_rest, reading.discrepancy)
 

@@ -118,11 +118,15 @@ class Continuous(StateSpace):
                 many = f"; {size.rows - size.known} numbers by {size.state} that say the same"
             else:
                 many = f"; {size.rows} numbers by conjugate gradients"
+        averaged = f"averaged over {NUM_DRAWS} draws"
+        along = "averaged by quadrature along the line it depends on"
         return Words(
             normal="linearised, normal" + many,
-            moments="taken for normal, by its mean and variance" + many,
+            curved=along if size.numbers else "linearised, normal" + many,
+            moments=along if size.numbers else "taken for normal, by its mean and variance" + many,
+            numbers=along if size.numbers else averaged,
             exact="coordinates known exactly" + many,
-            averaged=f"averaged over {NUM_DRAWS} draws",
+            averaged=averaged,
             constant="constant",
         )
 

@@ -229,7 +229,10 @@ class Finite(StateSpace):
     def words(self, size: Size, most_rows: int) -> Words:
         few = self.num_values**size.state <= MOST_STATES
         averaged = f"averaged over {'all words' if few else f'{NUM_DRAWS} draws'}"
-        return Words(*[f"{self.entry_name} by {self.entry_name}, in closed form" if size.is_by_entry else averaged] * 5)
+        return Words(
+            *[f"{self.entry_name} by {self.entry_name}, in closed form" if size.is_by_entry else averaged]
+            * len(Words._fields)
+        )
 
     # --- what a reader of models asks ---
 

@@ -92,6 +92,8 @@ class Reading(Protocol):
     def discrepancy(self) -> Array: ...
     @property
     def elements(self) -> Array: ...
+    @property
+    def numbers(self) -> Any: ...
 
 
 class Likelihood(NamedTuple):
@@ -99,6 +101,7 @@ class Likelihood(NamedTuple):
 
     :ivar read: the densities at states of shape ``(P, C, S, *state_shape)``.
     :ivar has_other: whether some of them have no normal form.
+    :ivar num_numbers: how many numbers have densities that are averaged along lines.
     :ivar owner: the entry that each observed number depends on, shape ``(S, k)``; ``None`` where one depends on two.
     :ivar varies: whether r differs from particle to particle, through other latents.
     :ivar where: coordinates that are known exactly, in a system's flattened state; shape ``(S, n)``.
@@ -108,6 +111,7 @@ class Likelihood(NamedTuple):
 
     read: Callable[[Array], Reading]
     has_other: bool
+    num_numbers: int
     owner: Array | None
     varies: bool
     where: Array
@@ -134,12 +138,14 @@ class Size(NamedTuple):
     :ivar state: numbers of its state.
     :ivar rows: numbers observed exactly, or as normal ones.
     :ivar known: those observed exactly.
+    :ivar numbers: those whose densities are averaged along lines.
     :ivar is_by_entry: whether each observed number depends on one entry of the state at most.
     """
 
     state: int
     rows: int
     known: int
+    numbers: int
     is_by_entry: bool
 
 
@@ -147,14 +153,18 @@ class Words(NamedTuple):
     """In words, what the moment twist makes of a site.
 
     :ivar normal: of one whose density is normal.
-    :ivar moments: of one that is taken for normal.
+    :ivar curved: of single numbers with normal noise, around what is not linear in x.
+    :ivar moments: of single numbers that have a mean and a variance.
+    :ivar numbers: of other single numbers.
     :ivar exact: of coordinates observed without noise.
     :ivar averaged: of any other density.
     :ivar constant: of one that does not depend on x.
     """
 
     normal: str
+    curved: str
     moments: str
+    numbers: str
     exact: str
     averaged: str
     constant: str

@@ -243,7 +243,10 @@ def test_smc_on_twenty_mixtures(d_x, d_y, num_seeds, num_runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make, rule", [(mixture_plane.counts, "taken for normal"), (mixture_plane.magnitudes, "lin")])
+@pytest.mark.parametrize(
+    "make, rule",
+    [(mixture_plane.counts, "averaged by quadrature"), (mixture_plane.magnitudes, "averaged by quadrature")],
+)
 def test_smc_in_the_plane(make, rule):
     """Through Poisson counts and through magnitudes, of which a normal twist is an approximation."""
     found = posterior.plane_errors(make, 8)
