@@ -30,12 +30,12 @@ def fit():
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((2,)),
         ppd.LearnedSchedule(100, 1e-4),
-        ppd.networks.MLP((64, 64)),
+        ppd.networks.MLP((128, 128)),
         last_step="network",
         transform=ppd.standardize(x),
     )
     return ppd.fit(
-        jax.random.key(1), diffusion, x, context=context, context_drop=0.1, num_steps=12_000, progress_bar=False
+        jax.random.key(1), diffusion, x, context=context, context_drop=0.1, num_steps=20_000, progress_bar=False
     )
 
 
