@@ -3,6 +3,7 @@ importance sampling and exact draws in error."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,7 +72,9 @@ def by_smc(twist: str) -> Way:
     smc = ppd.SMC(model, num_particles=NUM_PARTICLES, twist=twist, progress_bar=False)
 
     def run(problem: mixture.Problem, prior: ppd.DiffusionPrior, number: int) -> Draws:
-        smc.run(jax.random.key(number), prior, *arguments(problem))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ppd.CollapseWarning)  # its row shows what a collapse comes to
+            smc.run(jax.random.key(number), prior, *arguments(problem))
         return smc.log_evidence, np.asarray(smc.get_samples()["x"])
 
     return run

@@ -6,7 +6,9 @@ layers as the package's network, weights in nested dictionaries.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -92,6 +94,11 @@ def attend(layer: Any, x: Array) -> Array:
     return x + conv(layer["Convolution_1"], mixed.reshape(x.shape))
 
 
+def layers(weights: Any, kind: str) -> Iterator[Any]:
+    """Those of a kind, in their order."""
+    return (weights[f"{kind}_{i}"] for i in itertools.count())
+
+
 def network(weights: Any, x: Array, log_snr: Array) -> tuple[Array, Array]:
     """v and the log of the variance's excess."""
     level = jnp.clip(log_snr, -20, 20)
@@ -104,9 +111,7 @@ def network(weights: Any, x: Array, log_snr: Array) -> tuple[Array, Array]:
         omega = math.pi * 2.0**k
         seen = jnp.exp(-0.5 * omega**2 * variance)
         parts += [seen * jnp.sin(omega * scale * x), seen * jnp.cos(omega * scale * x)]
-    convs, blocks, attentions = (
-        (weights[f"{kind}_{i}"] for i in range(100)) for kind in ("Convolution", "Block", "Attention")
-    )
+    convs, blocks, attentions = (layers(weights, kind) for kind in ("Convolution", "Block", "Attention"))
     levels = sum(name.startswith("Block") for name in weights) // 2  # each has a block down and one up
     h, skips, lowest = conv(next(convs), jnp.concatenate(parts, -1)), [], levels - 1
     for depth in range(levels):
@@ -172,7 +177,7 @@ def batch(rng_key: Array, levels: Array, size: int) -> Array:
 
 def optimizer(num_updates: int) -> optax.GradientTransformation:
     """Clipped Adam with warm-up and cosine decay."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, num_updates)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(10, num_updates // 2), num_updates)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
