@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import (
     digits,
+    fit_overhead,
     flow,
     flow_accuracy,
     flow_density,
@@ -32,8 +33,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
         "--only",
-        help="some of training_step, sampling, likelihood, naive_numpyro, gradient_variance, precision, flow, "
-        "flow_accuracy, flow_density, flow_draws, flow_posteriors, digits, posterior, unet_step",
+        help="some of training_step, fit_overhead, sampling, likelihood, naive_numpyro, gradient_variance, precision, "
+        "flow, flow_accuracy, flow_density, flow_draws, flow_posteriors, digits, posterior, unet_step",
     )
     parser.add_argument("--markdown", action="store_true", help="the table as GitHub's markdown")
     parser.add_argument("--fresh", action="store_true", help="flow: endless fresh points for both")
@@ -41,6 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     comparisons: dict[str, Callable[[bool], list[Row]]] = {
         "training_step": training_step.rows,
+        "fit_overhead": fit_overhead.rows,
         "sampling": sampling.rows,
         "likelihood": likelihood.rows,
         "naive_numpyro": naive_numpyro.rows,

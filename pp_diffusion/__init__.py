@@ -55,5 +55,6 @@ from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory
 from pp_diffusion.transforms import UniformBlocks as UniformBlocks
 from pp_diffusion.transforms import standardize as standardize
 from pp_diffusion.transforms import transform_to as transform_to
+from pp_diffusion.transforms import whiten as whiten
 from pp_diffusion.version import __version__ as __version__
 from pp_diffusion.weights import Importance as Importance

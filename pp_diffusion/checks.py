@@ -97,14 +97,19 @@ def check_not_constant(data: np.ndarray, name: str = "data") -> None:
         )
 
 
-def find_ties(data: np.ndarray, most_rows: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+#: From which share of the standard deviation on the step of a grid is one that densities resolve.
+COARSE = 0.05
+
+
+def find_ties(data: np.ndarray, coarse: float = COARSE, most_rows: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     """Columns whose values occur again and again, and in each column the share of rows whose value another one has.
 
     An atom is a value that a twentieth of the rows have, and three times as many as have a value on average. Or half of
-    the rows share values on a grid that is coarse beside the spread, a twentieth of it: such steps a density resolves,
-    while those of ordinary rounding it does not. Few rows tell nothing.
+    the rows share values on a grid that is coarse beside the spread: such steps a density resolves, while those of
+    ordinary rounding it does not. Few rows tell nothing.
 
     :param data: shape ``(N, *event_shape)``.
+    :param coarse: from which step on, as a share of the standard deviation.
     :param most_rows: how many are looked at.
     """
     rows = data[np.linspace(0, len(data) - 1, min(len(data), most_rows)).astype(int)]
@@ -121,7 +126,7 @@ def find_ties(data: np.ndarray, most_rows: int = 2000) -> tuple[np.ndarray, np.n
     # the step of the grid: a quarter of the distinct values are no further apart
     place = np.minimum((distinct - 1) // 4, count - 1)
     step = np.take_along_axis(np.sort(gaps, axis=0), place[None], 0)[0]
-    return atoms | ((count >= 20) & (shares >= 0.5) & (step >= 0.05 * sd) & (sd > 0)), shares
+    return atoms | ((count >= 20) & (shares >= 0.5) & (step >= coarse * sd) & (sd > 0)), shares
 
 
 def name_columns(mask: np.ndarray, shares: np.ndarray | None = None) -> str:

@@ -179,7 +179,8 @@ class Diffusion(Recipe):
         _check_batch_size(len(x), context, batch_size)
         process = self.bind(context, 1)
         with self._data_plate(row_key, len(x), batch_size) as rows:
-            x, process = x[rows], process.with_context(contexts.take(context, rows))
+            if len(rows) < len(x):  # else they stay where they are, on whatever devices
+                x, process = x[rows], process.with_context(contexts.take(context, rows))
             z = self.space.to_model(x)
             if with_ends:
                 last, prior_kl = fixed_terms(end_key, process, z)

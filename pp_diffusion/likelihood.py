@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -215,7 +216,7 @@ class LogProbEstimate:
         groups = {
             "posterior": dataset(per_draw, {"log_prob": self._bootstrap().reshape(shape)}, draws),
             "sample_stats": dataset(per_draw, {"log_weight": self.log_weights.reshape(shape)}, draws),
-            "observed_data": dataset(batch_dims + event_dims, {"x": self._source.x}),
+            "observed_data": dataset(batch_dims + event_dims, {"x": np.asarray(self._source.x)}),
             "estimate": dataset(batch_dims, {name: getattr(self, name) for name in _PER_DATUM}),
         }
         attrs = {"units": "nats", "num_trajectories": self.num_trajectories, "good_k": self.good_k}
@@ -309,9 +310,9 @@ def estimate_log_prob(
     """
     check_prior(prior)
     check_key(rng_key)
-    x = np.asarray(prior.space.check(x))
+    x = prior.space.check(x)
     *_, batch_shape = as_rows(prior, x)
-    x = np.broadcast_to(x, batch_shape + prior.event_shape)
+    x = jnp.broadcast_to(x, batch_shape + prior.event_shape)
     source = Trajectories(prior, x, positive_int("chunk_size", chunk_size))
     return summarise(*source.draw(rng_key, num_trajectories, progress_bar), source, (_key_data(rng_key),))
 

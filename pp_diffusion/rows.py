@@ -40,6 +40,8 @@ def each_chunk(
 ) -> Iterator[Any]:
     """``fn`` of chunks of at most ``chunk_size`` rows, as even as can be; the last one is padded, and cut again.
 
+    Where the rows are spread over devices, chunks that these can share evenly are too.
+
     :param prior, rows: as :func:`as_rows` returns them.
     :param progress: a label for a progress bar; ``None`` shows none.
     """
@@ -48,8 +50,15 @@ def each_chunk(
     for i in tqdm(range(num_chunks), desc=progress, disable=progress is None):
         index = np.minimum(np.arange(i * size, (i + 1) * size), len(rows) - 1)
         chunk = prior.of_rows(contexts.take(prior.context, index))
-        results, rest = fn(chunk, rows[index], keys[i]), slice(len(rows) - i * size)
+        results, rest = fn(chunk, _spread_as(rows, rows[index]), keys[i]), slice(len(rows) - i * size)
         yield jax.tree.map(lambda a, rest=rest: a[rest], results)
+
+
+def _spread_as(rows: Array, chunk: Array) -> Array:
+    """``chunk`` on the devices over which ``rows`` are spread, where these share it evenly."""
+    if isinstance(rows, jax.core.Tracer) or rows.is_fully_replicated or len(chunk) % len(rows.sharding.device_set):
+        return chunk
+    return jax.device_put(chunk, rows.sharding)
 
 
 def map_rows(

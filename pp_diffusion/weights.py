@@ -42,7 +42,7 @@ class Trajectories:
     """What weights are drawn from."""
 
     prior: DiffusionPrior
-    x: np.ndarray
+    x: Array
     chunk_size: int
 
     def draw(self, rng_key: Array, num_trajectories: int, progress_bar: bool) -> tuple[np.ndarray, BoundOfBits | None]:
@@ -52,7 +52,7 @@ class Trajectories:
         """
         num_trajectories = positive_int("num_trajectories", num_trajectories)
         bound_key, rng_key = jax.random.split(rng_key)
-        prior, rows, batch_shape = as_rows(self.prior, jnp.asarray(self.x))
+        prior, rows, batch_shape = as_rows(self.prior, self.x)
         # blocks of one shape, as even as can be, so that one compilation serves all and little is drawn in vain
         num_chunks, rows_at_once = even(len(rows), self.chunk_size)
         num_blocks, draws_at_once = even(num_trajectories, max(1, self.chunk_size // rows_at_once))

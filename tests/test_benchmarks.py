@@ -17,6 +17,7 @@ from scipy.stats import multivariate_normal, norm
 import pp_diffusion as ppd
 from benchmarks import (
     digits,
+    fit_overhead,
     flow,
     flow_accuracy,
     flow_density,
@@ -203,6 +204,7 @@ NOTES = {  # of rows that time nothing
 
 LONG = [
     training_step,
+    fit_overhead,
     likelihood,
     naive_numpyro,
     gradient_variance,

@@ -20,6 +20,7 @@ from pp_diffusion.training.checkpoints import Checkpoint, Checkpoints, terminati
 X = np.random.default_rng(0).normal(size=(60, 2))
 DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.3]), ppd.networks.MLP((4,)))
 IDENTITY = {"kernel": "a"}
+KEY = jax.random.key(1)
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,15 +28,13 @@ class Killed(BaseException):
     """As a kill comes: between any two lines, and nothing is tidied up."""
 
 
-def fit(folder=None, data=X, diffusion=DIFFUSION, kill_at=None, **settings):
+def fit(folder=None, data=X, diffusion=DIFFUSION, kill_at=None, rng_key=KEY, **settings):
     def callback(step, state):
         if kill_at is not None and step >= kill_at:
             raise Killed
 
     settings = {"num_steps": 120, "batch_size": 16, "checkpoint_every": 0.0, **settings}
-    return ppd.fit(
-        jax.random.key(1), diffusion, data, checkpoint_dir=folder, callback=callback, progress_bar=False, **settings
-    )
+    return ppd.fit(rng_key, diffusion, data, checkpoint_dir=folder, callback=callback, progress_bar=False, **settings)
 
 
 def same(a, b):
@@ -68,6 +67,27 @@ def test_a_run_that_was_killed_gives_what_it_would_have(tmp_path, whole):
     assert len([path for path in (tmp_path / "run").iterdir() if path.name.isdigit()]) == 2
 
 
+def test_a_call_that_goes_on_from_a_state_ends_where_it_would_have(tmp_path):
+    """Its updates are counted from that state, also where the checkpoint is in their midst."""
+    first = fit(num_steps=40)
+    rest = {"state": first.state, "num_steps": 50}
+    whole = fit(**rest)
+    with pytest.raises(Killed):
+        fit(tmp_path / "run", kill_at=60, **rest)
+    same(fit(tmp_path / "run", **rest), whole)
+    assert len(whole.losses) == 50 and int(whole.state.step) == 90
+
+
+def test_pieces_of_a_total_by_one_folder(tmp_path, whole):
+    """A piece that was killed is ended first; the call after a whole one is the next piece."""
+    piece = {"num_steps": 50, "total_steps": 120}
+    with pytest.raises(Killed):
+        fit(tmp_path / "run", kill_at=20, **piece)
+    ends = [fit(tmp_path / "run", **piece) for _ in range(4)]
+    assert [int(end.state.step) for end in ends] == [50, 100, 120, 120]
+    same(ends[-1], whole)
+
+
 def test_batches_go_on_too(tmp_path):
     data = [X[:16], X[16:32], X[32:48]]
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)))
@@ -77,17 +97,31 @@ def test_batches_go_on_too(tmp_path):
         same(fit(tmp_path / name, make(), diffusion, num_steps=30), fit(None, make(), diffusion, num_steps=30))
 
 
+def test_grain_datasets_go_on_from_their_own_state(tmp_path):
+    grain = pytest.importorskip("grain")
+    rows = grain.MapDataset.source(X).shuffle(seed=3).repeat().batch(16, drop_remainder=True)
+    data = rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    with pytest.raises(Killed):
+        fit(tmp_path / "run", data, kill_at=10, num_steps=30)
+    position = Checkpoints(tmp_path / "run", 60.0, {}).restore().notes["positions"][0]
+    assert position["state"]["next_index"] > 0
+    same(fit(tmp_path / "run", data, num_steps=30), fit(None, data, num_steps=30))
+
+
 def test_checkpoints_of_another_run_are_refused(tmp_path):
-    fit(tmp_path / "run", num_steps=8)
+    fit(tmp_path / "run", num_steps=8, validation_data=X[:30])
     wider = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2]), ppd.networks.MLP((4,)))
     for settings, named in (
-        ({"data": X + 1}, "data is '54 rows"),
+        ({"data": X + 1}, "data is '60 rows"),
         ({"diffusion": wider}, "rates"),
         ({"num_times": 2}, "num_times is 1, here 2"),
         ({"batch_size": 8}, "batch_size is 16, here 8"),
+        ({"rng_key": jax.random.key(2)}, "rng_key"),
+        ({"row_noise": 0.1}, "noise 0.5', here .* noise 0.1'"),
+        ({"validation_data": X[30:]}, "held-out rows"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint_dir holds the checkpoints of another run: in .*{named}"):
-            fit(tmp_path / "run", num_steps=8, **settings)
+            fit(tmp_path / "run", **{"num_steps": 8, "validation_data": X[:30], **settings})
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"checkpoint_dir must be a folder of its own; .* holds 'notes.txt'"):
         fit(tmp_path)
@@ -231,36 +265,50 @@ SCRIPT = """
     x = np.random.default_rng(0).normal(size=(400, 2))
     network = ppd.networks.MLP((16, 16))
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.LearnedSchedule(10, 1e-3), network)
-    fit = ppd.fit(jax.random.key(1), diffusion, x, num_steps=20_000, batch_size=64, max_patience=1000,
-                  checkpoint_dir=sys.argv[1], checkpoint_every=0.3, progress_bar=False)
+    told = []
+
+    def callback(step, state):  # the second dispatch is done: it trains
+        told.append(len(told) == 1 and print("training", flush=True))
+
+    fit = ppd.fit(jax.random.key(1), diffusion, x, num_steps=60_000, batch_size=64, max_patience=1000,
+                  checkpoint_dir=sys.argv[1], checkpoint_every=0.1, progress_bar=False, callback=callback)
     np.savez(sys.argv[2], losses=fit.losses, *jax.tree.leaves(fit.params))
 """
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
-    """A process of its own, killed again and again at random moments, ends as the one that was left alone."""
+    """A process of its own, killed twenty times at random moments of its training, of which every tenth of a second is
+    a checkpoint, and once asked to end, ends as the one that was left alone."""
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def start(folder):
         arguments = [sys.executable, tmp_path / "script.py", tmp_path / folder, tmp_path / f"{folder}.npz"]
-        return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
-    assert start("whole").wait() == 0
-    moments, kills = np.random.default_rng(0), 0
-    while kills < 5:
-        process = start("killed")
-        while process.poll() is None and not any((tmp_path / "killed").glob("[0-9]*")):
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0.0, 2.5))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        if process.returncode == 0:
-            break
-    assert kills >= 3
-    if not (tmp_path / "killed.npz").exists():
-        assert start("killed").wait() == 0
-    whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+    def saved():
+        return max((int(path.name) for path in (tmp_path / "killed").glob("[0-9]*") if path.name.isdigit()), default=0)
+
+    def ends(folder):
+        with start(folder) as process:
+            process.communicate()
+        return process.returncode == 0
+
+    assert ends("whole")
+    whole = np.load(tmp_path / "whole.npz")
+    moments, steps = np.random.default_rng(0), []
+    for number in [signal.SIGKILL] * 20 + [signal.SIGTERM]:
+        with start("killed") as process:
+            assert process.stdout.readline() == b"training\n"
+            time.sleep(moments.uniform(0.0, 0.6))
+            before = saved()
+            process.send_signal(number)
+            assert process.wait() == -number
+        steps.append(saved())
+    assert steps[-1] > before or steps[-1] == len(whole["losses"])  # SIGTERM saved one more
+    assert len(set(steps)) > 10 and steps == sorted(steps)
+    assert ends("killed")
+    killed = np.load(tmp_path / "killed.npz")
     for name in whole.files:
         np.testing.assert_array_equal(whole[name], killed[name])

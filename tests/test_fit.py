@@ -15,7 +15,9 @@ from numpyro.infer import SVI, Trace_ELBO
 
 import pp_diffusion as ppd
 from pp_diffusion import Diffusion, FixedSchedule, GaussianKernel
+from pp_diffusion.training.loop import default_updates
 from pp_diffusion.training.sharding import Layout
+from pp_diffusion.training.sources import Source
 from pp_diffusion.training.update import InParts
 from tests.compilations import compilations
 
@@ -60,6 +62,14 @@ def test_pieces_of_one_total_are_the_whole_bit_for_bit(data):
         (piece.params, piece.state.svi.optim_state),
         (whole.params, whole.state.svi.optim_state),
     )
+
+
+def test_updates_by_default():
+    """By passes over the rows, within bounds; of what cannot be counted, the fewest."""
+    for num_rows, expected in ((124, 4000), (36_000, 14_062), (10_000_000, 20_000), (None, 4000)):
+        source = Source()
+        source.num_rows, source.batch_size = num_rows, min(num_rows or 512, 512)
+        assert default_updates(source) == expected
 
 
 def test_totals_that_do_not_fit_are_named():
@@ -206,6 +216,15 @@ def test_no_recompilation_per_call():
         for steps, data in zip((30, 77), shifted, strict=True):  # other data, other lengths, a diffusion built anew
             fit(data, num_steps=steps, optimizer=optimizer)
     assert not programs
+
+
+def test_evaluations_cost_no_recompilation():
+    """What they put into the state is of the types that were there."""
+    diffusion = Diffusion(GaussianKernel((2,)), FixedSchedule.log_linear(8, 1e-2), ppd.networks.MLP((9,)))
+    with compilations() as programs:
+        for steps in (130, 160):
+            fit(diffusion=diffusion, num_steps=steps, val_prop=0.2)
+    assert programs["run"] == programs["evaluate"] == 1
 
 
 def test_non_finite_loss_is_an_error_that_keeps_what_was_trained():

@@ -38,6 +38,7 @@ PRIORS = {
     "blocks, entrywise": lambda: trained(
         gaussian(ppd.networks.Entrywise((4,)), ppd.UniformBlocks((1, 2), (-1, 1), (0.3, 0.4), low=0.1))
     ),
+    "whitened": lambda: trained(gaussian(transform=ppd.whiten(np.array([[0.0, 5.0], [2.0, 9.0], [1.0, 9.0]])))),
     "rbf per step": lambda: trained(gaussian(ppd.networks.RBF(3), parameterization="paper")),
     "binomial": lambda: trained(
         ppd.Diffusion(
@@ -192,15 +193,24 @@ def test_files_of_the_first_format_are_read():
     np.testing.assert_array_equal(bits, [[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
 
 
-def test_any_damage_is_a_value_error(tmp_path):
-    path, prior = tmp_path / "a.ppd", PRIORS["binomial"]()
-    ppd.save(path, prior)
+@pytest.mark.parametrize("is_fit", [False, True])
+def test_any_damage_is_a_value_error(tmp_path, is_fit):
+    """A bit anywhere, or an end anywhere: of priors and of fits."""
+    path, prior, load = tmp_path / "a.ppd", PRIORS["binomial"](), ppd.load_fit if is_fit else ppd.load
+    if is_fit:
+        rows = np.random.default_rng(0).normal(size=(30, 2))
+        ppd.fit(jax.random.key(0), gaussian(), rows, num_steps=2, progress_bar=False).save(path)
+    else:
+        ppd.save(path, prior)
     whole, generator = path.read_bytes(), np.random.default_rng(0)
+    values = jax.tree.leaves(vars(load(path)) if is_fit else load(path))
     refused = 0
     for place in generator.integers(0, len(whole), 120):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << generator.integers(8))]) + whole[place + 1 :])
-        try:
-            assert ppd.load(path) == prior  # a byte that nothing reads
+        flipped = bytes([whole[place] ^ (1 << generator.integers(8))])
+        path.write_bytes(whole[:place] + (flipped + whole[place + 1 :] if generator.integers(4) else b""))
+        try:  # a byte that nothing reads
+            found = load(path)
+            jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(vars(found) if is_fit else found), values)
         except ValueError:
             refused += 1
     assert refused > 60

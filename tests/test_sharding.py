@@ -25,7 +25,7 @@ def start(folder, precision, devices, processes=1, **environment):
 
 
 def end(process):
-    _, complaints = process.communicate(timeout=400)
+    _, complaints = process.communicate(timeout=600)
     assert process.returncode == 0, complaints[-3000:]
 
 
@@ -50,18 +50,24 @@ def test_eight_devices_do_what_one_does(eight):
     for name, gradient in eight["gradients"].items():
         assert relative(gradient, eight["one"]["gradients"][name]) < 1e-5
         assert np.linalg.norm(gradient) > 1e-3
-    assert abs(eight["bound"] - eight["one"]["bound"]) < 1e-9
-    np.testing.assert_allclose(eight["held_out"], eight["one"]["held_out"], rtol=1e-9)
+    assert abs(eight["bound"] - eight["one"]["bound"]) < 1e-8  # the stock networks' parameters are float32
+    np.testing.assert_allclose(eight["held_out"], eight["one"]["held_out"], rtol=1e-6)
+    assert eight["resumed"] == eight["held_out"]
 
 
 def test_each_holds_its_share(eight):
-    spread, one = eight["memory"]
+    """Memory is an eighth, and nothing travels but sums."""
+    (spread, sent), (one, _) = eight["memory"]
     assert spread < one / 7
+    assert not sent
 
 
-def test_draws_bounds_and_likelihoods_spread_too(eight):
-    assert set(eight["else"]) == {"draws", "bound", "likelihood", "evidence"}
-    assert max(eight["else"].values()) < 1e-9
+@pytest.mark.parametrize("name", ["draws", "bound", "likelihood", "chains", "tempered"])
+def test_all_else_spreads_too(eight, name):
+    """The same numbers, of which each device holds its own."""
+    difference, devices = eight["else"][name]
+    assert difference < 1e-9
+    assert devices == 8
 
 
 def test_float32(tmp_path):
@@ -83,5 +89,6 @@ def test_two_processes_with_their_own_rows_do_what_one_does(tmp_path, eight):
     came = found(tmp_path)
     for name, gradient in came["gradients"].items():
         assert relative(gradient, eight["one"]["gradients"][name]) < 1e-5
-    np.testing.assert_allclose(came["params"], eight["one"]["params"], atol=1e-9)
+    np.testing.assert_allclose(came["params"], eight["one"]["params"], atol=1e-6)  # float32
     assert any(path.name.isdigit() for path in (tmp_path / "run").iterdir())
+    assert came["resumed"] == came["held_out"]

@@ -187,6 +187,17 @@ def test_values_that_repeat_by_right_are_not():
         source(X)
 
 
+def test_integers_are_told_at_any_step():
+    """The same numbers as floats are of fine steps, as of rounding."""
+    data = np.random.default_rng(0).integers(0, 100, (120, 2))
+    unit = ppd.Diffusion(
+        ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)), transform=ppd.standardize(data)
+    )
+    source(data.astype(float), diffusion=unit)
+    with pytest.warns(UserWarning, match=r"values occur again and again in columns 0 \(\d+ % of the rows\), 1"):
+        source(data, diffusion=unit)
+
+
 # --- going on, and optimisers ------------------------------------------------------------------------------------
 
 

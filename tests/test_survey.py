@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 import pp_diffusion as ppd
 from pp_diffusion.posterior.factors import read_model
-from pp_diffusion.posterior.survey import num_draws, survey
+from pp_diffusion.posterior.survey import Judge, calibration, survey
 from pp_diffusion.states.errors import LARGEST_RATIO
 
 KEY, Y, NUM_TIMESTEPS = jax.random.key(0), jnp.array([1.5, -0.5]), 12
@@ -37,32 +37,33 @@ def model(density, y, scale):
     numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
 
 
+def factors_of(ripple):
+    return read_model(model, (prior(jnp.float32(ripple)), Y, jnp.array(1.0)), {})
+
+
 @pytest.fixture(scope="module")
-def surveyed():
-    return {
-        ripple: survey(KEY, read_model(model, (prior(jnp.float32(ripple)), Y, jnp.array(1.0)), {}), 2000)
-        for ripple in (0.0, 0.05)
-    }
+def judged():
+    return {ripple: calibration(factors_of(ripple)) for ripple in (0.0, 0.05)}
 
 
-def test_the_evidence_by_plain_draws(surveyed):
+def test_the_evidence_by_plain_draws():
     """Five errors by the weights' own spread: an error rate of 6e-7."""
-    plain = surveyed[0.0].plain(2000)
+    plain = survey(KEY, factors_of(0.0), 2000).plain(2000)
     truth = norm(0, np.sqrt(2)).logpdf(Y).sum()
     assert abs(plain.log_evidence[0] - truth) < 5 * plain.error[0]
     assert 0.005 < plain.error[0] < 0.1 and 100 < plain.ess[0] < 2000
 
 
-def test_an_exact_process_is_trusted(surveyed):
-    ratio = surveyed[0.0].calibration.ratio
+def test_an_exact_process_is_trusted(judged):
+    ratio = judged[0.0].ratio
     assert ratio.shape == (NUM_TIMESTEPS,)
     assert ((ratio > 0.6) & (ratio < LARGEST_RATIO)).all()
 
 
-def test_a_noisy_jacobian_is_not(surveyed):
+def test_a_noisy_jacobian_is_not(judged):
     """Errors' own covariance takes its place: that of x_0 given x_t, 1 - ᾱ_t in each coordinate."""
     rates = ppd.FixedSchedule.log_linear(NUM_TIMESTEPS, first_beta=0.01, final_log_snr=-6.0).rates()
-    found, low = surveyed[0.05].calibration, np.asarray(rates.log_snr < 0)
+    found, low = judged[0.05], np.asarray(rates.log_snr < 0)
     np.testing.assert_array_equal(found.ratio > LARGEST_RATIO, low)
     expected = np.asarray(rates.erased)[low]
     covariance = np.asarray(found.covariance)[low]
@@ -80,6 +81,12 @@ def test_posteriors_with_a_noisy_jacobian_are_right():
     assert smc.ess.min() > 100
 
 
-def test_draws_enough_to_judge_by():
-    factors = read_model(model, (prior(jnp.float32(0.0)), Y, jnp.array(1.0)), {})
-    assert num_draws(factors, 10) == 256 and num_draws(factors, 1000) == 1000
+def test_the_judge_remembers_while_the_prior_is_the_same():
+    """And finds the same anew: a run's result does not hang on the runs before it."""
+    judge, density = Judge(), prior(jnp.float32(0.05))
+    factors = [read_model(model, (density, Y, jnp.array(scale)), {}) for scale in (1.0, 2.0)]
+    first = judge(factors[0])
+    assert judge(factors[1]) is first
+    jax.tree.map(np.testing.assert_array_equal, first, calibration(factors[1]))
+    other = judge(read_model(model, (prior(jnp.float32(0.0)), Y, jnp.array(1.0)), {}))
+    assert (other.ratio != first.ratio).any()

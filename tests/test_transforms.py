@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
@@ -37,6 +38,7 @@ TRANSFORMS = {
     "affine_then_exp": ComposeTransform(
         [AffineTransform(jnp.array([3.0, -1.0]), jnp.array([0.5, 0.3])), ExpTransform()]
     ),
+    "whitened": ppd.whiten(DATA),
     "blocks": ppd.UniformBlocks((5.0, 45.0, 50.0), (-1.0, 0.0, 1.5), (0.3, 0.4, 0.5)),
     "affine_then_blocks": ComposeTransform(
         [AffineTransform(jnp.array([0.1, -0.1]), jnp.array([1.0, 0.3])), ppd.UniformBlocks((100.0,), (0.0,), (1.0,))]
@@ -190,7 +192,7 @@ def test_support_is_the_codomain(name):
     support = make(TRANSFORMS[name]).support
     assert support.event_dim == 1
     assert support(jnp.array([0.5, 2.0]))
-    assert bool(support(jnp.array([-0.5, 2.0]))) == (name in ("none", "affine", "scalar_affine"))
+    assert bool(support(jnp.array([-0.5, 2.0]))) == (name in ("none", "affine", "scalar_affine", "whitened"))
     assert jnp.shape(support(jnp.ones((3, 2)))) == (3,)
     real = constraints.independent(constraints.real, 1)
     assert data_support(real, None, 1) is real
@@ -261,3 +263,39 @@ def test_transforms_are_values():
     assert one != make(ppd.standardize(DATA[:50])) and one != make(None)
     leaves = jax.tree.leaves(one)
     assert any(leaf is one.transform.loc for leaf in leaves) and any(leaf is one.transform.scale for leaf in leaves)
+
+
+def test_whitened_units_are_the_covariance():
+    """Columns that go together have covariance I within; SMC's evidence is that of the data's."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(400, 3)) @ np.array([[2.0, 1.9, 0.0], [0.0, 0.1, 0.5], [0.0, 0.0, 3.0]]) + 5.0
+    transform = ppd.whiten(data)
+    z = np.asarray(transform.inv(jnp.asarray(data, float)))
+    np.testing.assert_allclose(z.T @ z / 400, np.eye(3), atol=2e-3)
+    T = 20
+
+    def erased(x_t, t):  # exact for N(0, I)
+        beta = (1 / (T + 1 - t))[..., None]
+        return jnp.sqrt(1 - beta) * x_t, beta + 0 * x_t
+
+    prior = ppd.Diffusion(
+        ppd.GaussianKernel((3,)),
+        ppd.FixedSchedule.constant_erasure(T),
+        erased,
+        parameterization="direct",
+        last_step="network",
+        transform=transform,
+    ).prior({})
+    y = jnp.array([6.0, 6.5, 4.0])
+
+    def model():
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    smc = ppd.SMC(model, num_particles=500, progress_bar=False)
+    smc.run(jax.random.key(0))
+    covariance = transform.scale_tril @ transform.scale_tril.T
+    exact = dist.MultivariateNormal(transform.loc, covariance + jnp.eye(3)).log_prob(y)
+    np.testing.assert_allclose(smc.log_evidence, exact, atol=0.1)
+    with pytest.raises(ValueError, match=r"data must have shape \(N, d\) with more rows than columns; got \(3, 3\)"):
+        ppd.whiten(data[:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,14 +15,15 @@ from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int, typed_key
 from pp_diffusion.compiling import jit_once
-from pp_diffusion.posterior.factors import read_model
+from pp_diffusion.posterior.factors import Factors, read_model
 from pp_diffusion.posterior.outcome import print_moments
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
-from pp_diffusion.posterior.survey import num_draws, survey
+from pp_diffusion.posterior.survey import Judge, survey
 from pp_diffusion.posterior.twists import as_twist
-from pp_diffusion.posterior.verdicts import BELIEVABLE
+from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
+from pp_diffusion.training.sharding import Layout, as_layout
 from pp_diffusion.units import nats_to_bits
 
 
@@ -50,6 +52,7 @@ class SMC:
         (the evidence is unbiased up to a share of the order of one over ``num_particles`` then).
     :param plain_share: so many plain draws of the prior for each particle give a second estimate of the evidence. A run
         that missed what they found is called collapsed. 0 does without.
+    :param mesh: devices over whose axis ``"data"`` the chains are spread, ``jax.make_mesh((n,), ("data",))``.
     :param progress_bar: shows one, over time steps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
@@ -82,6 +85,7 @@ class SMC:
         num_chains: int = 1,
         num_moves: int = 5,
         plain_share: float = 0.125,
+        mesh: jax.sharding.Mesh | None = None,
         progress_bar: bool = True,
     ) -> None:
         if not callable(model):
@@ -97,9 +101,12 @@ class SMC:
         self.model, self.plain_share = model, float(plain_share)
         self.num_particles = positive_int("num_particles", num_particles)
         self.num_chains = positive_int("num_chains", num_chains)
+        self.layout = as_layout(mesh)
+        self.layout.share("num_chains", self.num_chains)
         self.twist = as_twist(twist)
         self.ess_threshold, self.num_moves, self.progress_bar = ess_threshold, num_moves, progress_bar
         self._run: Run | None = None
+        self._judge = Judge()
 
     def run(self, rng_key: Array, *args: Any, **kwargs: Any) -> None:
         """Runs the particles from T to 0.
@@ -117,10 +124,9 @@ class SMC:
         check_key(rng_key)
         rng_key = typed_key(rng_key)
         factors = read_model(self.model, args, kwargs)
-        num_plain = num_draws(factors, int(self.plain_share * self.num_particles * self.num_chains))
-        surveyed = survey(jax.random.fold_in(rng_key, 1), factors, num_plain)
-        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, surveyed.calibration)
-        state, infos = _init(rng_key, sampler, self.num_particles, self.num_chains)
+        plain = self._plain(jax.random.fold_in(rng_key, 1), factors)
+        sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, self._judge(factors))
+        state, infos = _spread(self.layout, *_init(rng_key, sampler, self.num_particles, self.num_chains))
         total = sampler.num_timesteps
         segment = max(1, -(-(total - 1) // 20)) if self.progress_bar else max(1, total - 1)
         with tqdm(total=total, desc="SMC", unit="step", disable=not self.progress_bar) as bar:
@@ -133,12 +139,17 @@ class SMC:
                     bar.update(count)
             state, infos = _finish(sampler, state, infos)
             bar.update(1)
-        # no draw meets what is known exactly
-        plain = surveyed.plain(num_plain) if self.plain_share and not factors.num_known else None
         run = Run(sampler, state, infos, partial(self.model, *args, **kwargs), plain)
         run.check()
         self._run = run
         run.warn()
+
+    def _plain(self, rng_key: Array, factors: Factors) -> Plain | None:
+        """The evidence by plain draws of the prior."""
+        number = math.ceil(self.plain_share * self.num_particles * self.num_chains)
+        if not number or factors.num_known:  # no draw meets what is known exactly
+            return None
+        return survey(rng_key, factors, number).plain(number)
 
     @property
     def _done(self) -> Run:
@@ -245,6 +256,13 @@ def _init(rng_key: Array, sampler: Sampler, num_particles: int, num_chains: int)
     zeros = jnp.zeros((sampler.num_timesteps + 1, *state.log_evidence.shape), state.log_evidence.dtype)
     no, none = zeros.astype(bool), zeros.astype(int)
     return state, SMCInfo(ess=zeros, resampled=no, num_unguided=none, moved=no, acceptance=zeros)
+
+
+def _spread(layout: Layout, state: SMCState, infos: SMCInfo) -> tuple[SMCState, SMCInfo]:
+    """Chains over devices; what runs on them follows."""
+    fields = ("x", "latents", "log_weights", "log_twist", "lineage")
+    spread = {name: layout.rows(getattr(state, name), axis=1) for name in fields}
+    return state._replace(log_evidence=layout.rows(state.log_evidence), **spread), layout.rows(infos, axis=1)
 
 
 @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -95,9 +96,10 @@ def move(
     def one(i: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
         now, accepted = carry
         draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
-        proposed, log_ratio = propose(i, draw_key, now.latents)
         is_start = i == 0
-        new = target(jax.tree.map(lambda new, old: jnp.where(is_start, old, new), proposed, now.latents))
+        stay = partial(_stay, batch)
+        proposed, log_ratio = jax.lax.cond(is_start, stay, partial(propose, i), draw_key, now.latents)
+        new = target(proposed)
         log_new = jnp.where(jnp.isnan(new.log_density), -jnp.inf, new.log_density)
         accept = jnp.log(jax.random.uniform(accept_key, batch)) < log_new - now.log_density + log_ratio
         now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept | is_start, new), new, old), new, now)
@@ -105,6 +107,10 @@ def move(
 
     end, accepted = jax.lax.fori_loop(0, num_moves + 1, one, (start, jnp.zeros(batch[1:])))
     return end, accepted / jnp.maximum(num_moves, 1)
+
+
+def _stay(batch: tuple[int, ...], rng_key: Array, latents: Latents) -> tuple[Latents, Array]:
+    return latents, jnp.zeros(batch)
 
 
 def _flatten(latents: Latents) -> Array:

@@ -1,6 +1,6 @@
-"""What plain draws of the prior tell before a run: a second estimate of the evidence, and how good predictions are.
+"""What plain draws of the prior tell: a second estimate of the evidence, and how good predictions are.
 
-It has nothing in common with the guided particles, so that their evidence stays unbiased and can be compared with it.
+The first has nothing in common with the guided particles, so that their evidence stays unbiased and can be compared.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Survey(NamedTuple):
 
     :ivar log_evidence: per system, shape ``(S,)``, nats.
     :ivar ess: of its weights.
-    :ivar calibration: per step, what the state space makes of the errors of predictions; leaves of first axis T.
     """
 
     log_evidence: Array
     ess: Array
-    calibration: Any
 
     def plain(self, num_draws: int) -> Plain:
         """The evidence with its error."""
@@ -45,25 +43,46 @@ class Survey(NamedTuple):
         return Plain(np.asarray(self.log_evidence, np.float64), error, size)
 
 
-def num_draws(factors: Factors, num_wanted: int) -> int:
-    """So many draws for each system, or as many as it takes to judge predictions."""
-    return max(num_wanted, math.ceil(NUM_JUDGED / factors.num_systems))
-
-
 @partial(jit_once, static_argnames=("num_draws",))
 def survey(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
     """By so many draws for each system."""
-    x_key, latent_key, error_key = jax.random.split(rng_key, 3)
+    x_key, latent_key = jax.random.split(rng_key)
     x_0 = sample_chain(x_key, factors.process, (num_draws, 1, *factors.reader.systems.batch_shape))
     log_r = factors.read(x_0, other_latents.draw(factors, latent_key, (num_draws, 1))).log_r
-    judged = x_0[: math.ceil(NUM_JUDGED / factors.num_systems)]
-    return Survey(log_mean(log_r)[0], ess(log_r)[0], _calibration(error_key, factors, judged))
+    return Survey(log_mean(log_r)[0], ess(log_r)[0])
 
 
-def _calibration(rng_key: Array, factors: Factors, x_0: Array) -> Any:
+class Judge:
+    """Of a prior's predictions, by draws of its own: the same at each run, and remembered while the prior is."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, list[np.ndarray]] | None = None
+        self._found: Any = None
+
+    def __call__(self, factors: Factors) -> Any:
+        """Per step, what the state space makes of the errors of predictions; leaves of first axis T. ``None`` where it
+        makes nothing of them."""
+        if not factors.space.has_errors:
+            return None
+        arrays, structure = jax.tree.flatten(factors.prior)
+        fixed = structure, factors.systems, [(np.shape(a), jnp.result_type(a)) for a in arrays]
+        if self._seen is None or self._seen[0] != fixed or not _are_equal(self._seen[1], arrays):
+            self._seen = fixed, [np.array(a) for a in arrays]  # copies: NumPy's arrays may change
+            self._found = calibration(factors)
+        return self._found
+
+
+def _are_equal(before: list[np.ndarray], now: list[Any]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+@jit_once
+def calibration(factors: Factors) -> Any:
+    """Of predictions, by the errors that they make of draws of the prior."""
     process, space = factors.process, factors.space
-    if not space.has_errors:
-        return None
+    x_key, rng_key = jax.random.split(jax.random.key(0))
+    num_draws = math.ceil(NUM_JUDGED / factors.num_systems)
+    x_0 = sample_chain(x_key, process, (num_draws, 1, *factors.reader.systems.batch_shape))
 
     def at_step(at: tuple[Array, Array]) -> Any:
         t, key = at

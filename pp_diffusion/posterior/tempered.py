@@ -15,6 +15,7 @@ from pp_diffusion.posterior.facade import LatentRun, LatentSampler, plain_estima
 from pp_diffusion.posterior.target import Target, read_target
 from pp_diffusion.posterior.tempering import MOST_TEMPERATURES, Moves, TemperedState, start, temper
 from pp_diffusion.posterior.verdicts import COLLAPSED, Plain, Verdict
+from pp_diffusion.training.sharding import as_layout
 
 
 class TemperedRun(LatentRun):
@@ -82,6 +83,7 @@ class TemperedSMC(LatentSampler):
     :param ess_threshold: the share of the particles that one step of the temperature leaves as effective ones.
     :param num_moves: Hamiltonian moves at each temperature.
     :param num_leapfrog: their length, in gradients.
+    :param mesh: devices over whose axis ``"data"`` the chains are spread, ``jax.make_mesh((n,), ("data",))``.
 
     .. doctest::
 
@@ -104,6 +106,7 @@ class TemperedSMC(LatentSampler):
         ess_threshold: float = 0.5,
         num_moves: int = 3,
         num_leapfrog: int = 5,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable; got {type(model).__name__}")
@@ -111,6 +114,8 @@ class TemperedSMC(LatentSampler):
             raise ValueError(f"ess_threshold must be between 0 and 1; got {ess_threshold}")
         super().__init__(num_particles, num_chains)
         self.model = model
+        self.layout = as_layout(mesh)
+        self.layout.share("num_chains", self.num_chains)
         self.moves = Moves(
             float(ess_threshold), positive_int("num_moves", num_moves), positive_int("num_leapfrog", num_leapfrog)
         )
@@ -126,7 +131,7 @@ class TemperedSMC(LatentSampler):
         self._run = None
         check_key(rng_key)
         target = read_target(self.model, args, kwargs)
-        keys = jax.random.split(typed_key(rng_key), self.num_chains)
+        keys = self.layout.rows(jax.random.split(typed_key(rng_key), self.num_chains))
         state, samples, observed, log_likelihoods = run_chains(target, keys, self.num_particles, self.moves)
         plain = plain_estimate(log_likelihoods.reshape(-1, 1))
         self._keep(TemperedRun(state, samples, observed, partial(self.model, *args, **kwargs), plain))

@@ -68,10 +68,10 @@ class Rows(Source):
         kept = _whole_shares(np.setdiff1d(np.arange(len(values)), chosen), layout)
         self.held_out = jax.tree.map(lambda a: a[chosen], all_rows) if len(chosen) else None
         self.rows = jax.tree.map(lambda a: a[kept], all_rows)
-        num_rows = len(kept) * layout.hosts
-        self.batch_size = min(batch_size, num_rows)
+        self.num_rows = len(kept) * layout.hosts
+        self.batch_size = min(batch_size, self.num_rows)
         if noise is None:
-            noise = min(0.5, 5 / np.sqrt(num_rows))
+            noise = min(0.5, 5 / np.sqrt(self.num_rows))
         blurs = noise > 0 and not space.is_discrete
         x, context = layout.rows(self.rows)
         self.feed = RowFeed(x, context, space, jnp.asarray(noise, float) if blurs else None, self.batch_size, layout)
@@ -81,7 +81,8 @@ class Rows(Source):
         return self.feed, most
 
     def fingerprint(self) -> str:
-        return f"{len(self.rows[0])} rows, {fingerprint_of(self.rows)}"
+        noise = 0.0 if self.feed.noise is None else float(self.feed.noise)
+        return f"{len(self.rows[0])} rows, {fingerprint_of(self.rows)}, noise {noise:.4g}"
 
 
 class RowFeed(ArrayFeed):
@@ -157,8 +158,9 @@ class OnDisk(Source):
         warn_of_ties(space, np.asarray(seen[0]))
         self.chosen = hold_out(len(data), val_prop)
         self.held_out = self._read(self.chosen) if len(self.chosen) else None
-        self.num_rows = len(data) - len(self.chosen)
-        self.batch_size = min(batch_size, self.num_rows * layout.hosts)
+        self.own_rows = len(data) - len(self.chosen)
+        self.num_rows = self.own_rows * layout.hosts
+        self.batch_size = min(batch_size, self.num_rows)
         self.example = first_rows(seen)
 
     def take(self, most: int, step: int) -> tuple[Feed | None, int]:
@@ -171,7 +173,7 @@ class OnDisk(Source):
         return f"{len(self.data)} rows of a file, {fingerprint_of((self.data, self.context))}"
 
     def _draw(self, step: int, count: int) -> np.ndarray:
-        rows = np.random.default_rng([step, jax.process_index()]).integers(0, self.num_rows, count)
+        rows = np.random.default_rng([step, jax.process_index()]).integers(0, self.own_rows, count)
         # of the rows that are not held out: behind as many of those as lie before
         return rows + np.searchsorted(self.chosen - np.arange(len(self.chosen)), rows, side="right")
 

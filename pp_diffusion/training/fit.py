@@ -18,7 +18,7 @@ from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.training.checkpoints import Checkpoints
 from pp_diffusion.training.files import read_fit, write_fit
 from pp_diffusion.training.forms import as_held_out, as_source
-from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, identity_of
+from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, default_updates, identity_of
 from pp_diffusion.training.sharding import as_layout
 from pp_diffusion.training.sources import Encoding
 from pp_diffusion.training.update import FitState, ObjectiveName, SavedState, Settings, as_objective
@@ -150,8 +150,8 @@ def fit(
         update, for endless simulated data. Large arrays that it draws from are given to it by a
         :class:`jax.tree_util.Partial`, which makes them arguments of the compiled program. A batch is an array, or a
         pair ``(x, context)``.
-    :param int num_steps: optimiser updates of this call; ``None`` is what is left of ``total_steps``, and
-        4000 where that is not given either.
+    :param int num_steps: optimiser updates of this call; ``None`` is what is left of ``total_steps``; where that
+        is not given either, 200 passes over an array's rows, at least 4000 and at most 20 000; 4000 for other data.
     :param int total_steps: optimiser updates in all, this call's and others', over which the default optimizer's rate
         rises and decays: a run in pieces with one total is the run in one, bit for bit. ``None`` is the total of
         ``state`` where that is not reached yet, else what is done when this call ends.
@@ -225,9 +225,11 @@ def fit(
     training = Run.start(diffusion, source, settings, rng_key, state)
     checkpoints = None
     if checkpoint_dir is not None:
-        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, identity_of(diffusion, source, settings))
+        identity = identity_of(diffusion, source, settings, rng_key, rows)
+        checkpoints = Checkpoints(checkpoint_dir, checkpoint_every, identity)
         training.resume(checkpoints.restore())
-    end, total = plan.of(training.step, int(training.state.total), resumed=training.is_resumed)
+    earlier = int(training.state.total)
+    training.begun, end, total = plan.of(training.step, training.begun, earlier, default_updates(source))
     if rows is not None:
         calls = source.batch_size * num_times
         training.held_out = HeldOut(rows, total, calls, chosen, max_patience, layout, training.history)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from tqdm.auto import tqdm
 
-from pp_diffusion.checks import positive_int
+from pp_diffusion.checks import positive_int, typed_key
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.objectives import check_importance
 from pp_diffusion.training.checkpoints import Checkpoint, Checkpoints, terminations
@@ -32,7 +32,8 @@ from pp_diffusion.training.update import (
 from pp_diffusion.training.validation import HeldOut
 from pp_diffusion.units import nats_to_bits
 
-DEFAULT_UPDATES = 4000
+#: Updates where none are stated, and how many of an array's rows: so many passes over them.
+FEWEST_DEFAULT, MOST_DEFAULT, DEFAULT_PASSES = 4000, 20_000, 200
 SECONDS_PER_DISPATCH = 0.5
 Callback = Callable[[int, FitState], Any]
 
@@ -43,28 +44,30 @@ class Plan(NamedTuple):
     num_steps: int | None
     total_steps: int | None
 
-    def of(self, done: int, earlier: int, *, resumed: bool) -> tuple[int, int]:
-        """After which update this call ends, and how many there are in all.
+    def of(self, done: int, begun: int, earlier: int, default: int = FEWEST_DEFAULT) -> tuple[int, int, int]:
+        """After which update this call begins, after which it ends, and how many there are in all.
 
         :param done: updates done before.
+        :param begun: of these, before this call was made for the first time: less where it goes on from a checkpoint.
         :param earlier: the total that was stated then.
-        :param resumed: whether the same call began them, so that its number counts them.
+        :param default: how many are asked for where nothing is stated.
         :raises ValueError: naming the one that does not fit the other, or what is done.
         """
         num_steps, total = (None if n is None else int(n) for n in self)
-        if resumed and total is None and num_steps is not None:
-            return max(num_steps, done), max(num_steps, done)
+        resumed = begun < done
+        if resumed and total is not None and num_steps is not None and begun + num_steps <= done < total:
+            begun = done  # that piece of the total was whole: this is the next
         if total is None:
-            asked = DEFAULT_UPDATES if num_steps is None else num_steps
-            goes_on = done < earlier and (num_steps is None or done + num_steps <= earlier)
-            total = earlier if goes_on else done + asked
-        if resumed and num_steps is not None:
-            num_steps = min(num_steps, max(total - done, 0))
-        end = total if num_steps is None else done + num_steps
+            asked = default if num_steps is None else num_steps
+            goes_on = begun < earlier and (num_steps is None or begun + num_steps <= earlier)
+            total = earlier if goes_on else begun + asked
+        end = total if num_steps is None else begun + num_steps
+        if resumed:
+            end = min(end, total)
         if end > total or (end <= done and not resumed):
             least = max(end, done + 1)
             raise ValueError(f"total_steps must be at least what is done with this call, {least}; got {total}")
-        return max(end, done), total
+        return begun, max(end, done), total
 
     def checked(self) -> Plan:
         """Itself.
@@ -77,6 +80,13 @@ class Plan(NamedTuple):
         return self
 
 
+def default_updates(source: Source) -> int:
+    """Small tables are judged long before; large ones need more than a few passes."""
+    if source.num_rows is None:
+        return FEWEST_DEFAULT
+    return int(np.clip(DEFAULT_PASSES * source.num_rows // source.batch_size, FEWEST_DEFAULT, MOST_DEFAULT))
+
+
 class NonFiniteUpdates(FloatingPointError):
     """More updates were not finite than may be left out."""
 
@@ -86,6 +96,7 @@ class Run:
 
     :ivar state: of the last dispatch.
     :ivar held_out: the rows that judge; ``None`` without.
+    :ivar begun: updates done before this call, as it was made for the first time.
     """
 
     def __init__(self, diffusion: Diffusion, source: Source, settings: Settings, state: FitState) -> None:
@@ -93,7 +104,8 @@ class Run:
         self.held_out: HeldOut | None = None
         self.losses: list[np.ndarray] = []
         self.history: dict[str, np.ndarray] = {}
-        self.start_step, self.is_resumed = int(state.step), False
+        self.start_step = self.begun = int(state.step)
+        self.is_resumed = False
 
     @classmethod
     def start(
@@ -129,11 +141,13 @@ class Run:
             return
         leaves = [a for name, a in sorted(checkpoint.arrays.items()) if name.startswith("state.")]
         self.state = self.settings.layout.whole(SavedState(tuple(leaves)).like(self.state))
-        self.losses, self.start_step, self.is_resumed = [checkpoint.arrays["losses"]], 0, True
+        self.losses, self.is_resumed = [checkpoint.arrays["losses"]], True
+        self.start_step, self.begun = checkpoint.step - len(self.losses[0]), checkpoint.notes["begun"]
         self.history = {
             name.removeprefix("held_out."): a for name, a in checkpoint.arrays.items() if name.startswith("held_out.")
         }
-        if not self.source.seek(checkpoint.notes["position"]):
+        own = jax.process_index() if self.settings.layout.hosts > 1 else 0
+        if not self.source.seek(checkpoint.notes["positions"][own]):
             self.source.skip(checkpoint.step, anew=True)
 
     @property
@@ -174,27 +188,27 @@ class Run:
 
         :raises NonFiniteUpdates: where more than ``max_skipped`` were not finite.
         """
-        layout, begun = self.settings.layout, self.step
+        layout, before = self.settings.layout, self.step
         self.state = self.state._replace(total=layout.whole(jnp.asarray(total)))
-        bar = tqdm(total=end, initial=begun, disable=not progress_bar, desc="fit", unit="update")
+        bar = tqdm(total=end, initial=before, disable=not progress_bar, desc="fit", unit="update")
         with bar, terminations(checkpoints is not None) as ended:
             updates = 1  # the first dispatch compiles: one update, so that a wrong set-up is known early
-            saved = begun if self.is_resumed else -1
-            if self._is_over() and begun < end:
+            saved = before if self.is_resumed else -1
+            if self._is_over() and before < end:
                 warnings.warn("held-out rows had no more to gain: training has ended before", stacklevel=3)
             try:
                 is_ended = 0
                 while self.step < end and not is_ended and not self._is_over():
                     updates, seconds = self._dispatch(min(updates, self._until_next(end)), max_skipped)
                     if not updates:
-                        done = self.step - begun
-                        warnings.warn(f"data ran out after {done} of {end - begun} updates", stacklevel=3)
+                        done = self.step - before
+                        warnings.warn(f"data ran out after {done} of {end - before} updates", stacklevel=3)
                         break
                     self._judge()
                     self._report(bar, updates)
                     if callback is not None:
                         callback(self.step, self.state)
-                    if self.step > begun + 1:  # not while compiling
+                    if self.step > before + 1:  # not while compiling
                         updates = int(np.clip(updates * SECONDS_PER_DISPATCH / max(seconds, 1e-9), 1, 4 * updates + 8))
                     updates = min(max(updates, 8), MAX_UPDATES_PER_DISPATCH)
                     due = int(checkpoints is not None and checkpoints.is_due())
@@ -202,9 +216,9 @@ class Run:
                     if checkpoints is not None and due:
                         saved = self._save(checkpoints)
             except KeyboardInterrupt:
-                done = self.step - begun
+                done = self.step - before
                 warnings.warn(
-                    f"interrupted: returning the parameters after {done} of {end - begun} updates", stacklevel=3
+                    f"interrupted: returning the parameters after {done} of {end - before} updates", stacklevel=3
                 )
             if checkpoints is not None and saved != self.step:
                 self._save(checkpoints)
@@ -245,7 +259,8 @@ class Run:
         arrays = {f"state.{i:05}": np.asarray(leaf) for i, leaf in enumerate(leaves)} | {"losses": self.all_losses}
         if self.held_out is not None:
             arrays |= {f"held_out.{name}": a for name, a in self.held_out.as_arrays().items()}
-        checkpoints.save(Checkpoint(self.step, arrays, {"position": self.source.position()}))
+        positions = self.settings.layout.of_all(self.source.position())
+        checkpoints.save(Checkpoint(self.step, arrays, {"positions": positions, "begun": self.begun}))
         return self.step
 
     def _report(self, bar: tqdm, updates: int) -> None:
@@ -259,9 +274,14 @@ class Run:
         bar.update(updates)
 
 
-def identity_of(diffusion: Diffusion, source: Source, settings: Settings) -> dict[str, Any]:
-    """What tells this run from others, for JSON."""
-    module, optimizer = diffusion.network.module, settings.optimizer
+def identity_of(
+    diffusion: Diffusion, source: Source, settings: Settings, rng_key: Array, held_out: tuple[Any, Any] | None
+) -> dict[str, Any]:
+    """What tells this run from others, for JSON.
+
+    :param held_out: the rows that judge.
+    """
+    module, optimizer, layout = diffusion.network.module, settings.optimizer, settings.layout
     return {
         "kernel": f"{type(diffusion.kernel).__name__}{diffusion.event_shape}",
         "schedule": f"{type(diffusion.schedule).__name__}, T = {diffusion.num_timesteps}",
@@ -275,12 +295,13 @@ def identity_of(diffusion: Diffusion, source: Source, settings: Settings) -> dic
         "objective": settings.objective.name,
         "num_times": settings.num_times,
         "average": settings.average,
-        "held_out": settings.held_out,
         "context_drop": (source.covariates.drop or None) if source.covariates else None,
         "accumulate": settings.accumulate,
         "batch_size": source.batch_size,
-        "data": source.fingerprint(),
+        "data": "; ".join(layout.of_all(source.fingerprint())),
+        "held-out rows": layout.of_all(None if held_out is None else fingerprint_of(held_out)),
         "precision": str(jnp.zeros(()).dtype),
+        "rng_key": fingerprint_of(jax.random.key_data(typed_key(rng_key))),
     }
 
 

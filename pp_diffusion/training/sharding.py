@@ -1,7 +1,8 @@
-"""Where arrays of training live: on one device, or rows spread over those of a mesh and all else on each of them."""
+"""Where arrays live: on one device, or rows spread over those of a mesh and all else on each of them."""
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,14 @@ class Layout(NamedTuple):
         if self.mesh is None:
             return jax.tree.map(jax.numpy.asarray, tree)
         sharding = self._sharding(axis)
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+        return jax.tree.map(lambda a: _put(a, sharding), tree)
 
     def whole(self, tree: Any) -> Any:
         """The same arrays on every device."""
         if self.mesh is None:
             return tree
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda a: _put_everywhere(a, sharding), tree)
+        return jax.tree.map(lambda a: _put(a, sharding), tree)
 
     def keep_rows(self, tree: Any, axis: int = 0) -> Any:
         """Within a program: arrays that stay spread along ``axis``."""
@@ -61,6 +62,23 @@ class Layout(NamedTuple):
         from jax.experimental.multihost_utils import process_allgather
 
         return jax.tree.map(lambda a: np.asarray(process_allgather(np.asarray(a), tiled=True)), tree)
+
+    def share(self, name: str, count: int) -> None:
+        """Refuses a number of things that the devices cannot share evenly.
+
+        :raises ValueError: naming it.
+        """
+        if count % self.shards:
+            raise ValueError(f"{name} must be a multiple of the mesh's {self.shards} devices; got {count}")
+
+    def of_all(self, note: Any) -> list[Any]:
+        """What each process notes, as JSON can say it; the same list on all of them."""
+        if self.hosts == 1:
+            return [note]
+        own = np.frombuffer(json.dumps(note).encode(), np.uint8)
+        (longest,) = self.agree(len(own))
+        padded = np.pad(own, (0, longest - len(own)), constant_values=ord(" "))
+        return [json.loads(row.tobytes()) for row in self.gather(padded[None])]
 
     def agree(self, *numbers: int) -> tuple[int, ...]:
         """The largest that any process has of each: all then do the same."""
@@ -87,7 +105,7 @@ def as_layout(mesh: Any) -> Layout:
     return Layout(Mesh(mesh.devices, mesh.axis_names))  # axes that the compiler may spread over, as plain jit does
 
 
-def _put_everywhere(leaf: Any, sharding: NamedSharding) -> Any:
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):

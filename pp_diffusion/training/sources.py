@@ -17,7 +17,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from pp_diffusion import contexts
-from pp_diffusion.checks import find_ties, name_columns
+from pp_diffusion.checks import COARSE, find_ties, name_columns
 from pp_diffusion.covariates import Covariates
 from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import Frozen
@@ -60,6 +60,8 @@ class Source:
     example: tuple[Array, Any]
     #: Rows per update.
     batch_size: int
+    #: Rows in all that are trained on, of all processes; ``None`` where they cannot be counted.
+    num_rows: int | None = None
     #: Rows that are not trained on, and their context.
     held_out: tuple[Any, Any] | None = None
     #: What encoded all context.
@@ -265,7 +267,8 @@ def warn_of_ties(space: DataSpace, data: np.ndarray) -> None:
     """Warns of columns whose values occur again and again, where they are taken for continuous."""
     if space.is_discrete:
         return
-    ties, shares = find_ties(np.asarray(data, np.float64))
+    coarse = 0.0 if data.dtype.kind in "iub" else COARSE  # integers say what they are
+    ties, shares = find_ties(np.asarray(data, np.float64), coarse)
     if ties.any():
         warnings.warn(
             f"data are taken for continuous, but values occur again and again in {name_columns(ties, shares)}: a "

@@ -227,7 +227,7 @@ def first_state(
     rates = diffusion.schedule.rates(diffusion.schedule.init_params()).at(slice(first, None))
     none = jnp.zeros((), int)
     params = svi.get_params(svi_state)
-    best = Best(params, jnp.full((), -jnp.inf), none, none) if settings.held_out else None
+    best = Best(params, jnp.full((), -jnp.inf, float), none, none) if settings.held_out else None
     return FitState(svi_state, params, none, none, best, covariates), step_importance(diffusion.kernel, rates)
 
 

@@ -22,7 +22,7 @@ from pp_diffusion.training.update import Best, FitState, Objective
 #: Evaluations in all, and the fewest updates from one to the next.
 EVALUATIONS, FEWEST_UPDATES = 50, 50
 #: An evaluation calls the network for at least so many rows, and for this share of what the updates before it did.
-FEWEST_CALLS, SHARE_OF_CALLS = 1024, 0.1
+FEWEST_CALLS, SHARE_OF_CALLS = 1024, 0.05
 #: What counts as falling: nats per coordinate, and standard errors.
 FALL_PER_COLUMN, FALL_IN_ERRORS = 0.05, 3.0
 
@@ -122,8 +122,7 @@ class HeldOut:
         if (value := judged.rows.mean()) > float(best.value):
             found = self.layout.whole((jnp.asarray(value, best.value.dtype), jnp.zeros((), int)))
             return state._replace(best=Best(params, found[0], state.step, found[1]))
-        stale = jnp.asarray(int(best.stale) + 1)
-        return state._replace(best=best._replace(stale=self.layout.whole(stale)))
+        return state._replace(best=best._replace(stale=best.stale + 1))
 
     def is_over(self, state: FitState) -> bool:
         """Whether so many evaluations came without a gain that no more is to be had."""
