@@ -7,6 +7,7 @@ from pp_diffusion import units as units
 from pp_diffusion.bounds import Bound as Bound
 from pp_diffusion.bounds import LowerBound as LowerBound
 from pp_diffusion.bounds import lower_bound as lower_bound
+from pp_diffusion.covariates import Covariates as Covariates
 from pp_diffusion.diffusion import Diffusion as Diffusion
 from pp_diffusion.divergence import Hutchinson as Hutchinson
 from pp_diffusion.entropies import EntropyBounds as EntropyBounds
@@ -22,6 +23,9 @@ from pp_diffusion.last_step import Discretized as Discretized
 from pp_diffusion.likelihood import LogProbEstimate as LogProbEstimate
 from pp_diffusion.likelihood import estimate_log_prob as estimate_log_prob
 from pp_diffusion.objectives import log_weight as log_weight
+from pp_diffusion.posterior.amortized import Amortized as Amortized
+from pp_diffusion.posterior.amortized import AmortizedSMC as AmortizedSMC
+from pp_diffusion.posterior.amortized import amortize as amortize
 from pp_diffusion.posterior.api import SMC as SMC
 from pp_diffusion.posterior.comparison import EvidenceComparison as EvidenceComparison
 from pp_diffusion.posterior.comparison import compare_evidence as compare_evidence
@@ -30,6 +34,7 @@ from pp_diffusion.posterior.perturb import perturb as perturb
 from pp_diffusion.posterior.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.posterior.tempered import TemperedSMC as TemperedSMC
 from pp_diffusion.posterior.verdicts import CollapseWarning as CollapseWarning
+from pp_diffusion.prior import ConditionalPrior as ConditionalPrior
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior
 from pp_diffusion.reverse import ReverseProcess as ReverseProcess
 from pp_diffusion.rules import Parameterization as Parameterization
@@ -49,6 +54,7 @@ from pp_diffusion.trajectories import PosteriorTrajectory as PosteriorTrajectory
 from pp_diffusion.trajectories import ReverseTrajectory as ReverseTrajectory
 from pp_diffusion.transforms import UniformBlocks as UniformBlocks
 from pp_diffusion.transforms import standardize as standardize
+from pp_diffusion.transforms import transform_to as transform_to
 from pp_diffusion.transforms import whiten as whiten
 from pp_diffusion.version import __version__ as __version__
 from pp_diffusion.weights import Importance as Importance

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from pp_diffusion.checks import check_complete, check_numbers
+from pp_diffusion.covariates import Covariates
 
 
 def check_context(context: Any) -> None:
@@ -55,6 +56,20 @@ def count_batch_axes(context: Any, event_dim: int | None = None) -> int:
             f"got {event_dim!r}"
         )
     return fewest - int(event_dim)
+
+
+def encoded(covariates: Covariates | None, context: Any, event_dim: int | None = None) -> tuple[Any, int]:
+    """``context`` as the network gets it, and how many batch axes it has.
+
+    :param covariates: what encodes it, and knows the axes of one datum's; for ``None`` it is left as it is.
+    :param event_dim: as for :func:`count_batch_axes`; for what nothing else knows.
+    :raises TypeError, ValueError: naming ``context``.
+    """
+    if covariates is None:
+        return context, count_batch_axes(context, event_dim)
+    if context is None:
+        return covariates.null(), 0
+    return covariates(context), covariates.batch_ndim(context)
 
 
 def batch_shape_of(context: Any, batch_ndim: int) -> tuple[int, ...]:

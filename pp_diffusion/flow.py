@@ -146,6 +146,11 @@ class DiffusionFlow(dist.Distribution):
         return True
 
     @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise of one x: that of a state of the model's space."""
+        return self.prior.kernel.event_shape
+
+    @property
     def transform(self) -> Transform | None:
         """From the model's space to the data's."""
         return self.prior.transform
@@ -165,10 +170,10 @@ class DiffusionFlow(dist.Distribution):
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draws of x, of shape ``sample_shape + batch_shape + event_shape``."""
-        return self.from_noise(jax.random.normal(key, self.shape(tuple(sample_shape))))
+        return self.from_noise(self._noise(key, tuple(sample_shape)))
 
     def from_noise(self, noise: Array) -> Array:
-        """x in data units, of standard normal noise of shape ``(*batch, *event_shape)``."""
+        """x in data units, of standard normal noise of shape ``(*batch, *noise_shape)``."""
         return _from_noise(self, jnp.asarray(noise, float))
 
     def to_noise(self, x: Array) -> Array:
@@ -191,8 +196,7 @@ class DiffusionFlow(dist.Distribution):
         :param num: draws for each entry of the batch.
         """
         self._check_size()
-        noise = jax.random.normal(rng_key, self.shape((positive_int("num", num),)))
-        return _check(self, noise)
+        return _check(self, self._noise(rng_key, (positive_int("num", num),)))
 
     @property
     def mean(self) -> Array:
@@ -211,33 +215,36 @@ class DiffusionFlow(dist.Distribution):
         raise NotImplementedError("a DiffusionFlow's variance has no closed form: flow.sample(rng_key, (1000,)).var(0)")
 
     def _check_size(self) -> None:
-        if self.trace is None and prod(self.event_shape) > MOST_EXACT:
+        if self.trace is None and (size := prod(self.noise_shape)) > MOST_EXACT:
             raise ValueError(
-                f"an exact density of events of {prod(self.event_shape)} numbers takes as many derivatives of each "
+                f"an exact density of events of {size} numbers takes as many derivatives of each "
                 f"network call (the limit is {MOST_EXACT}): make the flow with trace=pp_diffusion.Hutchinson(rng_key, "
                 "num_probes), which estimates it, or with trace=pp_diffusion.divergence.ExactDivergence()"
             )
 
-    def _with_batch(self, x: Array) -> Array:
-        batch_shape = x.shape[: x.ndim - len(self.event_shape)]
-        return jnp.broadcast_to(x, jnp.broadcast_shapes(batch_shape, self.batch_shape) + self.event_shape)
+    def _noise(self, rng_key: Array, sample_shape: tuple[int, ...]) -> Array:
+        return jax.random.normal(rng_key, sample_shape + self.batch_shape + self.noise_shape)
+
+    def _with_batch(self, x: Array, event_shape: tuple[int, ...]) -> Array:
+        batch_shape = x.shape[: x.ndim - len(event_shape)]
+        return jnp.broadcast_to(x, jnp.broadcast_shapes(batch_shape, self.batch_shape) + event_shape)
 
 
 @jax.jit
 def _from_noise(flow: DiffusionFlow, noise: Array) -> Array:
-    x = flow.ode.from_noise(flow._with_batch(noise))
+    x = flow.ode.from_noise(flow._with_batch(noise, flow.noise_shape))
     return flow.prior.space.to_data(x)
 
 
 @jax.jit
 def _to_noise(flow: DiffusionFlow, x: Array) -> Array:
-    x = flow._with_batch(x)
+    x = flow._with_batch(x, flow.event_shape)
     return flow.ode.to_noise(flow.prior.space.to_model(x))
 
 
 @jax.jit
 def _log_prob(flow: DiffusionFlow, x: Array) -> Array:
-    x = flow._with_batch(x)
+    x = flow._with_batch(x, flow.event_shape)
     z = flow.prior.space.to_model(x)
     return flow.ode.log_prob(z) - flow.prior.space.log_abs_det(z, x)
 

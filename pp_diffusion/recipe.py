@@ -15,13 +15,14 @@ from numpyro.distributions.transforms import Transform
 
 from pp_diffusion import contexts
 from pp_diffusion.checks import positive_int
+from pp_diffusion.covariates import Covariates
 from pp_diffusion.data_space import DataSpace
 from pp_diffusion.divergence import Hutchinson
 from pp_diffusion.flow import DiffusionFlow
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.last_step import LastStep, as_last_step
-from pp_diffusion.prior import DiffusionPrior
+from pp_diffusion.prior import ConditionalPrior, DiffusionPrior
 from pp_diffusion.reverse import Network, ReverseProcess, check_context_is_named
 from pp_diffusion.schedules import Schedule
 from pp_diffusion.solvers import Multistep
@@ -103,7 +104,7 @@ class Recipe(Frozen):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
-        return self.kernel.event_shape
+        return self.space.event_shape
 
     @property
     def support(self) -> constraints.Constraint:
@@ -119,6 +120,11 @@ class Recipe(Frozen):
     def network_site(self) -> str:
         """The name of the parameter site of the network."""
         return f"{self.name}.network$params"
+
+    @property
+    def covariates_site(self) -> str:
+        """The name under which parameters hold the :class:`~pp_diffusion.Covariates` that they were trained with."""
+        return f"{self.name}.covariates"
 
     @property
     def schedule_site(self) -> str:
@@ -143,7 +149,7 @@ class Recipe(Frozen):
         if rng_key is None:
             raise ValueError("params is needed, or a numpyro.handlers.seed handler that can initialise the network")
         one = jax.tree.map(lambda c: jnp.asarray(c)[(0,) * context_batch_ndim][None], context)
-        x_t = self.kernel.as_state(jnp.zeros((1, *self.event_shape)))
+        x_t = self.kernel.as_state(jnp.zeros((1, *self.kernel.event_shape)))
         return self.network.init(rng_key, x_t, jnp.ones(1, int), jnp.zeros(1), one)
 
     def reverse_process(
@@ -158,17 +164,19 @@ class Recipe(Frozen):
 
         :raises ValueError: if parameters are missing, or the network's outputs do not fit.
         """
-        process = ReverseProcess(
+        process = self.bound_process(params).with_context(context, context_batch_ndim)
+        return (process if num_timesteps is None else process.shortened(num_timesteps)).checked()
+
+    def bound_process(self, params: dict[str, Any]) -> ReverseProcess:
+        """The reverse process without a context; nothing is checked."""
+        return ReverseProcess(
             self.kernel,
             self.schedule.known_rates(params.get(self.schedule_site)),
             self.network,
             params.get(self.network_site, {}),
             parameterization=self.parameterization,
             last_step=self.last_step,
-            context=context,
-            context_batch_ndim=context_batch_ndim,
         )
-        return (process if num_timesteps is None else process.shortened(num_timesteps)).checked()
 
     def prior(
         self,
@@ -184,17 +192,20 @@ class Recipe(Frozen):
 
         :param params: parameters by site name, such as ``fit.params`` or ``svi_result.params`` (other sites in it are
             ignored). ``None`` inside a NumPyro program declares them as ``numpyro.param`` sites.
-        :param context: covariates, an array whose last axis is one datum's; the axes before it become the batch shape.
-            Of a pytree, all arrays have the same batch axes in front.
-        :param context_event_dim: the number of axes of one datum's covariates, where it is not 1: 0 for a number, such
-            as an integer label; 2 for an image or a set of points. Of a pytree, in the array that has fewest.
+        :param context: covariates; their batch axes become the batch shape. Parameters of :func:`~pp_diffusion.fit`
+            know one datum's from training, and encode them as there. Others take an array whose last axis is one
+            datum's; of a pytree, all arrays have the same batch axes in front.
+        :param context_event_dim: for such other parameters, the number of axes of one datum's covariates, where it is
+            not 1: 0 for a number, such as an integer label; 2 for an image or a set of points. Of a pytree, in the
+            array that has fewest.
         :param validate_args: as for any NumPyro distribution.
         :param num_timesteps: a shorter chain through the trained one's steps; a model of its own, with its own K.
         :param log_prob: ``None`` (``log_prob`` raises), or :class:`~pp_diffusion.Bound` or
             :class:`~pp_diffusion.Importance`, which make it a deterministic function of x.
         :raises ValueError: if parameters are missing.
         """
-        batch_ndim = contexts.count_batch_axes(context, context_event_dim)
+        covariates = None if params is None else self.covariates_in(params)
+        context, batch_ndim = contexts.encoded(covariates, context, context_event_dim)
         if params is None:
             try:
                 params = self._param_sites(context, batch_ndim)
@@ -208,7 +219,23 @@ class Recipe(Frozen):
             context_batch_ndim=batch_ndim,
             num_timesteps=None if num_timesteps is None else positive_int("num_timesteps", num_timesteps),
         )
-        return DiffusionPrior(process, self.transform, log_prob=log_prob, validate_args=validate_args)
+        return DiffusionPrior(
+            process, self.transform, covariates=covariates, log_prob=log_prob, validate_args=validate_args
+        )
+
+    def conditional_prior(self, params: dict[str, Any]) -> ConditionalPrior:
+        """The prior as a function of the context, for parameters that :func:`~pp_diffusion.fit` trained with one.
+
+        :raises ValueError: for others.
+        """
+        covariates = self.covariates_in(params)
+        if covariates is None:
+            raise ValueError(f"params must hold {self.covariates_site!r}, those of a fit with a context")
+        return ConditionalPrior(self.bound_process(params), self.transform, covariates)
+
+    def covariates_in(self, params: dict[str, Any]) -> Covariates | None:
+        """What these parameters were trained with."""
+        return params.get(self.covariates_site) if isinstance(params, dict) else None
 
     def flow(
         self,

@@ -144,9 +144,11 @@ class ReverseProcess(Frozen):
     :param last_step: ``"kernel"`` (the paper: :math:`p(x_0 \mid x_1) = T_\pi`), ``"network"`` or ``"discretized"``, or
         such a :class:`~pp_diffusion.last_step.LastStep`.
     :param context: covariates, a pytree of arrays whose first ``context_batch_ndim`` axes are batch axes.
+    :param guidance: the strength with which steps are led away from those whose context is null, zeros;
+        ``None`` leads none.
     """
 
-    data_fields = ("kernel", "held_rates", "params", "last_step", "context")
+    data_fields = ("kernel", "held_rates", "params", "last_step", "context", "guidance")
 
     kernel: Kernel
     held_rates: Rates
@@ -156,6 +158,7 @@ class ReverseProcess(Frozen):
     last_step: LastStep
     context: Any
     context_batch_ndim: int
+    guidance: Array | None
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class ReverseProcess(Frozen):
         last_step: str | LastStep = "kernel",
         context: Any = None,
         context_batch_ndim: int = 0,
+        guidance: Array | None = None,
     ) -> None:
         self._set(
             kernel=kernel,
@@ -178,6 +182,7 @@ class ReverseProcess(Frozen):
             last_step=as_last_step(last_step),
             context=context,
             context_batch_ndim=context_batch_ndim,
+            guidance=guidance,
         )
 
     @property
@@ -199,10 +204,17 @@ class ReverseProcess(Frozen):
         return self.last_step.first_network_step
 
     def __call__(self, x_t: Array, rates: Rates) -> dist.Distribution:
+        given = self._step(x_t, rates, self.context)
+        if self.guidance is None:
+            return given
+        null = jax.tree.map(jnp.zeros_like, self.context)
+        return self.kernel.guided(given, self._step(x_t, rates, null), self.guidance)
+
+    def _step(self, x_t: Array, rates: Rates, context: Any) -> dist.Distribution:
         batch_shape = x_t.shape[: x_t.ndim - self.kernel.event_ndim]
         t = jnp.broadcast_to(rates.t, batch_shape)
         log_snr = jnp.broadcast_to(rates.log_snr, batch_shape)
-        context = contexts.over_batch(self.context, self.context_batch_ndim, batch_shape)
+        context = contexts.over_batch(context, self.context_batch_ndim, batch_shape)
         if len(batch_shape) > 1:  # networks are fastest on rows
             x_rows, t, log_snr = (a.reshape(-1, *a.shape[len(batch_shape) :]) for a in (x_t, t, log_snr))
             context = contexts.as_rows(context, len(batch_shape))

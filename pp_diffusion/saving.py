@@ -6,51 +6,55 @@ The file is a zip archive (NumPy's ``.npz``): ``header.json`` names the parts an
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import tempfile
-import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.distributions import constraints
 from numpyro.distributions import transforms as numpyro_transforms
 
 from pp_diffusion import networks
+from pp_diffusion.archives import nested, pack_tree, put, read_whole, unpack_tree, write_whole
+from pp_diffusion.covariates import Covariates, Encoder
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.frozen import SAVED, Frozen, is_key
 from pp_diffusion.kernels import Kernel
 from pp_diffusion.last_step import LAST_STEPS, LastStep
-from pp_diffusion.prior import DiffusionPrior, check_prior
+from pp_diffusion.prior import ConditionalPrior, DiffusionPrior, check_prior
 from pp_diffusion.reverse import Network, ReverseProcess
 from pp_diffusion.schedules import Rates, Schedule
 from pp_diffusion.transforms import UniformBlocks
 from pp_diffusion.version import __version__
 
 FORMAT = "pp_diffusion prior"
-#: Version 1 held the schedule and its parameters; version 2 holds the rates of the chain.
-FORMAT_VERSION = 2
+#: Version 1 held the schedule and its parameters; version 2 holds the rates of the chain; version 3 what encodes a
+#: context.
+FORMAT_VERSION = 3
 STOCK_NETWORKS: dict[str, type[nn.Module]] = {name: getattr(networks, name) for name in networks.__all__}
 STOCK_TRANSFORMS = {"UniformBlocks": UniformBlocks}
+DOMAINS = {name: getattr(constraints, name) for name in ("real", "positive", "unit_interval")}
 
 
-def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
+def save(path: str | os.PathLike[str], prior: DiffusionPrior | ConditionalPrior) -> None:
     """Writes a trained diffusion to one file, whole or not at all.
 
     :param path: the file; an existing one is replaced once the new one is complete. Its mode is kept, and a symbolic
         link to it.
-    :param DiffusionPrior prior: what to save: ``fit.prior`` or ``diffusion.prior(params)``.
+    :param prior: what to save: ``fit.prior`` or ``diffusion.prior(params)``. The prior of a fit with a context is a
+        function of it, which is saved without an example.
     :raises TypeError: for parts that the file cannot describe: a kernel, schedule or transform of the user's own.
         A network of the user's own is noted by name, and :func:`load` asks for it.
     :raises OSError: naming ``path``, if it is a folder, or in a folder that is not there.
     """
-    check_prior(prior)
-    process = prior.process
+    given = not isinstance(prior, ConditionalPrior)
+    if given:
+        check_prior(prior)
+    process, rule = prior.process, prior.log_prob_rule if isinstance(prior, DiffusionPrior) else None
     arrays: dict[str, np.ndarray] = {}
     header = {
         "format": FORMAT,
@@ -68,21 +72,25 @@ def save(path: str | os.PathLike[str], prior: DiffusionPrior) -> None:
         "params": pack_tree(process.params, "params", arrays),
         "context": pack_tree(process.context, "context", arrays),
         "context_batch_ndim": process.context_batch_ndim,
-        "log_prob": None if prior.log_prob_rule is None else _pack_part(prior.log_prob_rule, "log_prob", arrays),
+        "is_conditional": not given,
+        "covariates": pack_covariates(prior.covariates, arrays),
+        "guidance": None if process.guidance is None else float(process.guidance),
+        "log_prob": None if rule is None else _pack_part(rule, "log_prob", arrays),
     }
     write_whole(Path(path), header, arrays)
 
 
-def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
+def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior | ConditionalPrior:
     """Reads a file that :func:`save` wrote.
 
     :param path: the file.
     :param network: the network, where it was not a stock one.
-    :return: the prior; its samples, for the same keys, are those of the one that was saved.
+    :return: the prior, or the function of a context; its samples, for the same keys, are those of the one that was
+        saved.
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if the file is damaged or foreign, or needs ``network``.
     """
-    header, arrays = read_whole(Path(path))
+    header, arrays = read_whole(Path(path), FORMAT, FORMAT_VERSION, "ppd.save")
     try:
         return _unpack(header, arrays, network)
     except ValueError:
@@ -91,7 +99,7 @@ def load(path: str | os.PathLike[str], network: Any = None) -> DiffusionPrior:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any) -> DiffusionPrior:
+def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any) -> DiffusionPrior | ConditionalPrior:
     parts = header["diffusion"]
     kernel, transform = _unpack_part(parts["kernel"], arrays), _unpack_transform(parts["transform"], arrays)
     if not isinstance(kernel, Kernel):
@@ -120,8 +128,13 @@ def _unpack(header: dict[str, Any], arrays: dict[str, np.ndarray], network: Any)
         last_step=last_step.bound(kernel, transform),
         context=context,
         context_batch_ndim=header["context_batch_ndim"],
+        guidance=None if header.get("guidance") is None else jnp.asarray(header["guidance"], float),
     )
-    return DiffusionPrior(process, transform, log_prob=rule)
+    covariates = unpack_covariates(header.get("covariates"), arrays)
+    if header.get("is_conditional"):
+        assert covariates is not None
+        return ConditionalPrior(process, transform, covariates)
+    return DiffusionPrior(process, transform, covariates=covariates, log_prob=rule)
 
 
 def pack_diffusion(diffusion: Diffusion, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -157,19 +170,35 @@ def unpack_diffusion(parts: dict[str, Any], arrays: dict[str, np.ndarray], netwo
     )
 
 
+def pack_covariates(covariates: Covariates | None, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """What encodes a context, for a header.
+
+    :raises TypeError: where the context is no array and no nested dictionaries of arrays.
+    """
+    if covariates is None:
+        return None
+    packed = []
+    found = jax.tree_util.tree_leaves_with_path(covariates.encoders, is_leaf=lambda node: isinstance(node, Encoder))
+    for i, (path, encoder) in enumerate(found):
+        if not all(isinstance(step, jax.tree_util.DictKey) for step in path):
+            raise TypeError("context must be an array or nested dictionaries of arrays to be saved")
+        packed.append([[step.key for step in path], _pack_part(encoder, f"covariates.{i}", arrays)])
+    return {"drop": covariates.drop, "encoders": packed}
+
+
+def unpack_covariates(packed: dict[str, Any] | None, arrays: dict[str, np.ndarray]) -> Covariates | None:
+    """What :func:`pack_covariates` packed."""
+    if packed is None:
+        return None
+    return Covariates(nested([(keys, _unpack_part(part, arrays)) for keys, part in packed["encoders"]]), packed["drop"])
+
+
 def versions() -> dict[str, str]:
     """Of what a file was written with."""
     return {m.__name__: m.__version__ for m in (jax, numpyro, np)} | {"pp_diffusion": __version__}
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
-
-
-class _Leaf(NamedTuple):
-    """Where an array of a tree is: the keys that lead to it, and its name in the file."""
-
-    keys: list[Any]
-    member: str
 
 
 def _settings_of(last_step: LastStep) -> dict[str, Any]:
@@ -180,7 +209,7 @@ def _settings_of(last_step: LastStep) -> dict[str, Any]:
 
 def _pack_rates(rates: Rates, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     for field, value in rates._asdict().items():
-        _put(f"schedule.{field}", value, arrays)
+        put(f"schedule.{field}", value, arrays)
     return {"type": "Rates", "arrays": {field: f"schedule.{field}" for field in rates._fields}}
 
 
@@ -197,7 +226,7 @@ def _pack_part(part: Frozen, name: str, arrays: dict[str, np.ndarray]) -> dict[s
         raise TypeError(f"{name} must be a stock one to be saved; got {type(part).__qualname__}")
     static = {k: v for k, v in vars(part).items() if k not in part.data_fields}
     for field in part.data_fields:
-        _put(f"{name}.{field}", getattr(part, field), arrays)
+        put(f"{name}.{field}", getattr(part, field), arrays)
     packed = {"type": kind, "static": static, "arrays": {f: f"{name}.{f}" for f in part.data_fields}}
     key: Any = getattr(part, "rng_key", None)
     if is_key(key):
@@ -230,15 +259,19 @@ def _pack_transform(transform: Any, name: str, arrays: dict[str, np.ndarray]) ->
         for k, v in vars(transform).items()
         if not k.startswith("_") and isinstance(v, (jax.Array, np.ndarray, float, int))
     }
+    named, given = {}, {}
+    if isinstance(transform, numpyro_transforms.AffineTransform):  # behind another one it has a part of the numbers
+        given = {"domain": transform.domain}
+        named = {key: name for key, domain in given.items() for name in DOMAINS if DOMAINS[name] is domain}
     try:
-        rebuilt = cls(**numbers)
+        rebuilt = cls(**numbers, **given) if len(named) == len(given) else None
     except TypeError:
         rebuilt = None
     if rebuilt is None or rebuilt != transform:
         raise TypeError(f"transform of type {cls.__name__} cannot be saved with its settings")
     for key, value in numbers.items():
-        _put(f"{name}.{key}", value, arrays)
-    return {"type": cls.__name__, "arrays": {key: f"{name}.{key}" for key in numbers}}
+        put(f"{name}.{key}", value, arrays)
+    return {"type": cls.__name__, "arrays": {key: f"{name}.{key}" for key in numbers}, **named}
 
 
 def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
@@ -251,7 +284,8 @@ def _unpack_transform(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
     cls = getattr(numpyro_transforms, packed["type"])
     if not (isinstance(cls, type) and issubclass(cls, numpyro_transforms.Transform)):
         raise TypeError(f"{packed['type']} is no transform")
-    return cls(**{key: jnp.asarray(arrays[member]) for key, member in packed["arrays"].items()})
+    named = {"domain": DOMAINS[packed["domain"]]} if "domain" in packed else {}
+    return cls(**{key: jnp.asarray(arrays[member]) for key, member in packed["arrays"].items()}, **named)
 
 
 def _pack_network(module: Any) -> dict[str, Any]:
@@ -261,6 +295,8 @@ def _pack_network(module: Any) -> dict[str, Any]:
     if STOCK_NETWORKS.get(kind) is not type(module):
         return {"type": kind}
     fields = {k: getattr(module, k) for k in module.__dataclass_fields__ if k not in ("parent", "name")}
+    if any(isinstance(value, nn.Module) for value in fields.values()):  # it holds one of the user's own
+        return {"type": kind}
     return {"type": kind, "fields": fields}
 
 
@@ -274,111 +310,3 @@ def _unpack_network(described: dict[str, Any], network: Any) -> Any:
         )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["fields"].items()}
     return STOCK_NETWORKS[described["type"]](**fields)
-
-
-def pack_tree(tree: Any, name: str, arrays: dict[str, np.ndarray]) -> list[_Leaf] | None:
-    if tree is None:
-        return None
-    leaves = []
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        if not all(isinstance(step, jax.tree_util.DictKey) for step in path):
-            raise TypeError(f"{name} must be an array or nested dictionaries of arrays to be saved")
-        _put(f"{name}.{i}", leaf, arrays)
-        leaves.append(_Leaf([step.key for step in path], f"{name}.{i}"))
-    return leaves
-
-
-def unpack_tree(leaves: list[Any] | None, arrays: dict[str, np.ndarray]) -> Any:
-    if leaves is None:
-        return None
-    tree: dict[Any, Any] = {}
-    for keys, member in leaves:
-        value = jnp.asarray(arrays[member])
-        if not keys:
-            return value
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = value
-    return tree
-
-
-# --- the file ----------------------------------------------------------------------------------------------------
-
-
-def _put(member: str, value: Any, arrays: dict[str, np.ndarray]) -> None:
-    if is_key(value):
-        value = jax.random.key_data(value)
-    arrays[member] = np.asarray(value)
-
-
-def write_whole(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Beside the target first, then in its place: a crash leaves the old file or none, never half of one."""
-    path = path.resolve()  # where a link leads, so that it stays one
-    if path.is_dir():
-        raise IsADirectoryError(f"path must be that of a file; {path} is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that exists; {path.parent} does not")
-    header = header | {"arrays": {member: [str(a.dtype), list(a.shape)] for member, a in arrays.items()}}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("header.json", json.dumps(header, indent=1, default=_json_number))
-            for member, array in arrays.items():
-                buffer = io.BytesIO()
-                # dtypes that NumPy lacks (bfloat16) travel as bytes; the header tells what they are
-                np.lib.format.write_array(buffer, np.frombuffer(array.tobytes(), np.uint8), allow_pickle=False)
-                archive.writestr(f"{member}.npy", buffer.getvalue())
-        os.chmod(temporary, _mode_of(path))  # mkstemp's own mode is for its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _mode_of(path: Path) -> int:
-    """The file's mode, or that of a new file."""
-    if path.exists():
-        return path.stat().st_mode & 0o7777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def read_whole(
-    path: Path, form: str = FORMAT, version: int = FORMAT_VERSION, writer: str = "ppd.save"
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a file of this format, of this version or an earlier one.
-
-    :raises ValueError: if the file is damaged, or not one that ``writer`` wrote.
-    """
-    content = io.BytesIO(path.read_bytes())
-    try:
-        with zipfile.ZipFile(content) as archive:
-            header = json.loads(archive.read("header.json"))
-            if isinstance(header, dict) and header.get("format") == form and header["format_version"] > version:
-                raise _OtherFormatError(
-                    f"{path} was written by pp_diffusion {header['versions']['pp_diffusion']} in format "
-                    f"{header['format_version']}; this version reads up to {version}"
-                )
-            if not isinstance(header, dict) or header.get("format") != form:
-                raise _OtherFormatError(f"{path} is no file of {writer}: its header has another format")
-            arrays = {}
-            for member, (dtype, shape) in header["arrays"].items():
-                raw = np.lib.format.read_array(io.BytesIO(archive.read(f"{member}.npy")), allow_pickle=False)
-                arrays[member] = np.frombuffer(raw.tobytes(), jnp.dtype(dtype)).reshape(shape)
-    except _OtherFormatError:
-        raise
-    except Exception as error:  # any bytes may be there, and zip, JSON and NumPy each have their complaints
-        raise ValueError(f"{path} is damaged or no file of {writer}: {type(error).__name__}: {error}") from error
-    return header, arrays
-
-
-class _OtherFormatError(ValueError):
-    """A whole file of another kind."""
-
-
-def _json_number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"network or kernel holds a {type(value).__name__}, {value!r}, which a file cannot describe")

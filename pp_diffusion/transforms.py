@@ -15,9 +15,16 @@ from jax.scipy.special import erfc, ndtr
 from jax.scipy.stats import norm
 from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import AffineTransform, LowerCholeskyAffine, Transform
+from numpyro.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    IdentityTransform,
+    LowerCholeskyAffine,
+    Transform,
+    biject_to,
+)
 
-from pp_diffusion.checks import check_complete, check_not_constant, check_precision
+from pp_diffusion.checks import check_complete, check_not_constant, check_precision, name_columns
 
 
 def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransform:
@@ -39,6 +46,66 @@ def standardize(data: ArrayLike, *, per_coordinate: bool = True) -> AffineTransf
     axis = 0 if per_coordinate else None
     loc, scale = data.mean(axis), data.std(axis)
     return AffineTransform(jnp.asarray(loc, dtype=float), jnp.asarray(scale, dtype=float))
+
+
+def transform_to(constraint: constraints.Constraint, data: ArrayLike | None = None) -> Transform:
+    """A transform to data that are bounded: in a box, positive, on a simplex, or whatever has NumPyro's ``biject_to``.
+
+    On a simplex data have one number more than states, so that its kernel is ``GaussianKernel((k - 1,))``.
+
+    A prior has a density up to the edges, and none on them: data that touch an edge of an open set are refused.
+
+    :param constraint: the support, such as ``constraints.interval(low, high)``, whose bounds may be arrays,
+        ``constraints.positive`` or ``constraints.simplex``; or that of a distribution, ``dist.Dirichlet(c).support``.
+    :param data: shape ``(N, *event_shape)``, the training set: states have mean 0 and standard deviation 1 then;
+        ``None`` takes the bijection as it is.
+    :raises ValueError: naming ``constraint``, where NumPyro knows no bijection to it from real numbers; naming
+        ``data``, where values are outside or on the edge.
+
+    .. doctest::
+
+        >>> import numpy as np, pp_diffusion as ppd
+        >>> from numpyro.distributions import constraints
+        >>> shares = np.random.default_rng(0).dirichlet([2.0, 3.0, 4.0], size=1000)
+        >>> transform = ppd.transform_to(constraints.simplex, shares)
+        >>> states = transform.inv(shares)
+        >>> states.shape, abs(states.mean()) < 1e-3
+        ((1000, 2), Array(True, dtype=bool))
+        >>> ppd.transform_to(constraints.interval(0, 1), [[0.5], [1.0]])
+        Traceback (most recent call last):
+        ...
+        ValueError: data must lie inside of Interval(lower_bound=0, upper_bound=1), and not on its edge, where a density
+        ends; there are 1 of 2 values in column 0. Move them inside by what they are rounded to, say; or let a mixture
+        have the edge as a case of its own
+    """
+    constraint = base_constraint(constraint)  # axes of the event are what data have
+    try:
+        transform = biject_to(constraint)
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"constraint must be one that NumPyro has a bijection to; got {constraint!r}") from error
+    if data is None:
+        return transform
+    check_complete(data, "data", "Impute them, or use complete rows")
+    values = np.asarray(data, np.float64)
+    inside = np.asarray(constraint(jnp.asarray(values, float)))
+    if not inside.all():
+        raise ValueError(f"data must be in {constraint!r}; {np.count_nonzero(~inside)} of {inside.size} are not")
+    bad = np.asarray(on_edge(transform, jnp.asarray(values, float)))
+    if bad.any():
+        raise ValueError(
+            f"data must lie inside of {constraint!r}, and not on its edge, where a density ends; there are "
+            f"{np.count_nonzero(bad)} of {bad.size} values in {name_columns(np.any(bad, 0, keepdims=True)[0])}. Move "
+            "them inside by what they are rounded to, say; or let a mixture have the edge as a case of its own"
+        )
+    unit = standardize(np.asarray(transform.inv(jnp.asarray(values, float))))
+    return unit if isinstance(transform, IdentityTransform) else ComposeTransform([unit, transform])
+
+
+def on_edge(transform: Transform, x: Array) -> Array:
+    """Which values no state is found for, where they are in the codomain; of the shape of x or of its states."""
+    if transform.codomain is constraints.simplex:  # whose inverse is clipped
+        return x <= jnp.finfo(x.dtype).eps
+    return ~jnp.isfinite(transform._inverse(x))
 
 
 def whiten(data: ArrayLike) -> LowerCholeskyAffine:
@@ -209,7 +276,7 @@ def base_constraint(constraint: constraints.Constraint) -> constraints.Constrain
 
 
 def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
-    """Refuses a transform that is not one to one from all real events of this shape to events of this shape.
+    """Refuses a transform that is not one to one from all real events of this shape to events of as many axes.
 
     :raises ValueError: naming ``transform``.
     """
@@ -217,16 +284,17 @@ def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
     try:
         domain = transform.domain
         base = base_constraint(domain)
-        keeps_shape = (
-            max(domain.event_dim, transform.codomain.event_dim) <= len(event_shape)
-            and jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, float)).shape == event_shape
+        keeps_axes = (
+            max(domain.event_dim, transform.codomain.event_dim)
+            <= len(event_shape)
+            == len(shape_in_data_units(transform, event_shape))
         )
     except (NotImplementedError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"transform of type {name} does not take events of shape {event_shape}: {error}") from error
     if not (base is constraints.real or base is constraints.real_vector):
         raise ValueError(f"transform must map from all real numbers; {name} maps from {base}")
-    if not keeps_shape:
-        raise ValueError(f"transform must map events of shape {event_shape} to that shape; {name} does not")
+    if not keeps_axes:
+        raise ValueError(f"transform must map events of shape {event_shape} to as many axes; {name} does not")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(transform)):
         return  # its values are not known
     with jax.ensure_compile_time_eval():
@@ -239,6 +307,14 @@ def check_transform(transform: Transform, event_shape: tuple[int, ...]) -> None:
             holds = False
     if not holds:
         raise ValueError(f"transform must be one to one, with a finite Jacobian; {name} is not")
+
+
+def shape_in_data_units(transform: Transform | None, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a datum whose state has this shape: another one where the support has fewer dimensions than numbers, as a
+    simplex has."""
+    if transform is None:
+        return event_shape
+    return tuple(jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, float)).shape)
 
 
 def log_abs_det(transform: Transform | None, z: Array, x: Array, event_ndim: int) -> Array:

@@ -412,7 +412,15 @@ CASES = [
         ValueError,
         "context must have one row",
     ),
-    Bad("label integers", lambda: fit(X, context=np.arange(4)), ValueError, r"context must be floating .*one_hot"),
+    Bad(
+        "context drop",
+        lambda: fit(X, context=LABELS, context_drop=1.0),
+        ValueError,
+        r"context_drop must be in \[0, 1\)",
+    ),
+    Bad("covariates", lambda: fit(X, context=LABELS, covariates=LABELS), TypeError, "covariates must be a Covariates"),
+    Bad("too many labels", lambda: ppd.Covariates.from_rows(np.arange(2000)), ValueError, "2000 different labels"),
+    Bad("objects as context", lambda: fit(X, context=np.array([{}] * 4)), TypeError, "context must hold numbers"),
 ]
 
 LARGE = {
@@ -464,6 +472,12 @@ def test_far_from_unit_scale_warns_with_the_columns():
 
 def test_fit_with_a_context_needs_it_for_its_prior():
     result = fit(X, context=LABELS, num_steps=1)
-    with pytest.raises(ValueError, match="context is needed"):
-        _ = result.prior
+    with pytest.raises(AttributeError, match=r"context is needed: .* use prior\(context\)\.sample"):
+        _ = result.prior.sample
+    with pytest.raises(ValueError, match="context is needed: training never dropped it"):
+        result.prior(None)
+    with pytest.raises(TypeError, match=r"use fit\.prior\(context\)"):
+        ppd.lower_bound(KEY, result.prior, X)
+    with pytest.raises(ValueError, match="context_drop"):
+        result.prior(LABELS).guided(2.0)
     assert result.diffusion.prior(result.params, context=LABELS).batch_shape == (4,)

@@ -12,7 +12,7 @@ import pytest
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
 import pp_diffusion as ppd
 from benchmarks import (
@@ -33,6 +33,8 @@ from benchmarks import (
     precision,
     sampling,
     setting,
+    simulation,
+    simulation_tasks,
     timing,
     training_step,
     unet_step,
@@ -385,3 +387,80 @@ def test_handwritten_flow_density_is_ours():
     params = flow_density.perturbed(program.init_params(jax.random.key(1)))
     ours = program.flow(params, num_steps=2).log_prob(train[:3])
     np.testing.assert_allclose(flow_density.by_hand(program, params, 2)(train[:3]), ours, atol=1e-4)
+
+
+# --- posteriors by simulation ------------------------------------------------------------------------------------
+
+
+def sbi_log_joint(task, x, y):
+    """Of a model's sites."""
+    data = {"x": jnp.asarray(x, float), "y": jnp.asarray(y)}
+    return float(log_density(handlers.condition(task.model, data), (), {}, {})[0])
+
+
+@pytest.fixture(scope="module")
+def sbi_folder(tmp_path_factory):
+    """As in the wheel: a design of 100 rows in a file of a tensor, and an observation of each task."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
+    design = rng.normal(size=(100, 10)).astype(np.float32)
+    sizes = {"two_moons": (2, 2), "gaussian_mixture": (2, 2), "gaussian_linear": (10, 10), "slcp": (5, 8)}
+    for name, (num_x, num_y) in (sizes | {"bernoulli_glm": (10, 100)}).items():
+        files = folder / name / "files" / "num_observation_1"
+        files.mkdir(parents=True)
+        y, file = rng.normal(size=(1, num_y)) ** 2, "observation"
+        if name == "bernoulli_glm":
+            y, file = np.round(rng.uniform(size=y.shape)), "observation_raw"
+            count = np.array([design.size], np.int64).tobytes()
+            (files.parent / "design_matrix.pt").write_bytes(b"what says what it is" + count + design.tobytes())
+        np.savetxt(files / f"{file}.csv", y, delimiter=",", header="names", comments="")
+        draws = rng.normal(size=(200, num_x)) / 4
+        np.savetxt(files / "reference_posterior_samples.csv.bz2", draws, delimiter=",", header="names", comments="")
+    return folder, design
+
+
+def test_the_tasks_have_their_densities(sbi_folder):
+    """Prior and likelihood at a point, written out anew."""
+    folder, design = sbi_folder
+    known = simulation_tasks.tasks(folder)
+    x, y = np.array([1.0, -2.0]), np.array([1.5, -2.5])
+    mixture = 0.5 * np.prod(norm(x, 1).pdf(y)) + 0.5 * np.prod(norm(x, 0.1).pdf(y))
+    np.testing.assert_allclose(sbi_log_joint(known["gaussian_mixture"], x, y), np.log(mixture / 400), rtol=1e-5)
+    x, y = np.linspace(-1, 1, 10), np.linspace(0, 1, 10)
+    linear = norm(0, 0.1**0.5).logpdf(x).sum() + norm(x, 0.1**0.5).logpdf(y).sum()
+    np.testing.assert_allclose(sbi_log_joint(known["gaussian_linear"], x, y), linear, rtol=1e-5)
+    x, y = np.array([0.5, -1.0, 1.2, -0.8, 0.4]), np.arange(8.0).reshape(4, 2) / 4
+    a, b, r = x[2] ** 2, x[3] ** 2, np.tanh(x[4])
+    points = multivariate_normal(x[:2], [[a**2 + 1e-6, r * a * b], [r * a * b, b**2 + 1e-6]]).logpdf(y).sum()
+    np.testing.assert_allclose(sbi_log_joint(known["slcp"], x, y), points - 5 * np.log(6), rtol=1e-4)
+    x, y = np.linspace(-1, 1, 10), (np.arange(100) % 3 == 0).astype(int)
+    logits = design @ x
+    spikes = (y * logits - np.logaddexp(0, logits)).sum()
+    size = 9
+    d = np.eye(size) - np.diag(np.ones(size - 1), -1)
+    f = d @ d + np.diag(np.sqrt(np.arange(size) / size))
+    prior = norm(0, 2**0.5).logpdf(x[0]) + multivariate_normal(np.zeros(size), np.linalg.inv(f.T @ f)).logpdf(x[1:])
+    np.testing.assert_allclose(sbi_log_joint(known["bernoulli_glm"], x, y), spikes + prior, rtol=1e-4)
+    np.testing.assert_allclose(known["bernoulli_glm"].summary(y), design.T @ y, rtol=1e-4)
+
+
+def test_a_file_that_is_no_tensor_is_named(tmp_path):
+    (tmp_path / "design_matrix.pt").write_bytes(bytes(5000))
+    with pytest.raises(ValueError, match="must end with 1000 numbers"):
+        simulation_tasks.read_array(tmp_path / "design_matrix.pt", 1000)
+
+
+def test_c2st_of_like_and_unlike_draws():
+    rng = np.random.default_rng(0)
+    one, other, far = rng.normal(size=(500, 2)), rng.normal(size=(500, 2)), rng.normal(3, 1, size=(500, 2))
+    assert abs(simulation.c2st(one, other) - 0.5) < 0.08 and simulation.c2st(one, far) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", simulation.PUBLISHED)
+def test_a_row_of_posteriors_by_simulation(name, sbi_folder, monkeypatch, capsys):
+    """The command in its small form."""
+    folder = str(sbi_folder[0])
+    options = ["--simulations", "200", "--observations", "1", "--num-steps", "2", "--particles", "200", "--no-progress"]
+    monkeypatch.setattr(sys, "argv", ["simulation", "--data", folder, "--task", name, *options])
+    simulation.main()
+    assert re.search(r"amortised \.?\d.*exact .* over 1 .*coverage", capsys.readouterr().out)

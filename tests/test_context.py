@@ -111,7 +111,7 @@ def test_missing_and_other_values_are_refused_by_name():
     for context, error, match in (
         (bad, ValueError, "context must be finite; 1 of 18"),
         (masked, ValueError, "context must be finite; 3 of 18 values are masked"),
-        (np.array(["a"] * 6), TypeError, "context must hold numbers; got dtype <U1"),
+        (np.array([["a"]] * 6), TypeError, "context must hold numbers; got dtype <U1"),
     ):
         with pytest.raises(error, match=match):
             ppd.fit(jax.random.key(0), own, X, context=context, num_steps=1, progress_bar=False)

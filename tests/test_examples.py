@@ -32,6 +32,9 @@ FIGURES = {
     "posterior_digits": ["posterior_digits_noisy.png", "posterior_digits_half.png"],
     "spatial_prior": ["spatial_prior.png"],
     "missing_values": ["missing_values.png"],
+    "simulation": ["simulation.png"],
+    "regression": ["regression.png"],
+    "digits_given_label": ["digits_given_label.png"],
 }
 ROWS = {
     "swiss_roll": ["6.45", "the paper's network, v, T=40", "MLP, T=1000, last step by it"],
@@ -46,6 +49,9 @@ ROWS = {
     "posterior_digits": ["noise of sd 4", "upper half, noise of sd 2"],
     "spatial_prior": ["SMC, learned prior", "NUTS, Gaussian process"],
     "missing_values": ["SMC", "IterativeImputer"],
+    "simulation": ["exact by weights", "log evidence"],
+    "regression": ["least squares", "90 % intervals hold"],
+    "digits_given_label": ["draws, guided by 2", "by Bayes' rule"],
 }
 # the others have tables, figures, likelihoods and SMC; README's scripts train
 LONG = (
@@ -58,6 +64,9 @@ LONG = (
     "posterior_digits",
     "spatial_prior",
     "missing_values",
+    "simulation",
+    "regression",
+    "digits_given_label",
 )
 
 

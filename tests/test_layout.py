@@ -15,9 +15,9 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ROOMS = (  # from the ground up: a room may use itself and those before it
-    ("checks", "compiling", "divergence", "frozen", "inference_data", "levels"),
+    ("archives", "checks", "compiling", "divergence", "frozen", "inference_data", "levels"),
     ("matrices", "rules", "solvers", "uncomputed", "units", "version"),
-    ("contexts", "datasets", "networks", "schedules", "transforms"),
+    ("contexts", "covariates", "datasets", "networks", "schedules", "transforms"),
     ("states",),
     ("kernels",),
     ("data_space", "last_step", "reverse", "chain", "objectives", "trajectories"),

@@ -15,7 +15,19 @@ from numpyro.infer import Predictive
 from numpyro.infer.util import compute_log_probs
 
 import pp_diffusion as ppd
-from models import bark, binarized_mnist, cifar10, dead_leaves, digits, heartbeat, mnist, swiss_roll
+from models import (
+    bark,
+    binarized_mnist,
+    cifar10,
+    dead_leaves,
+    digits,
+    digits_given_label,
+    heartbeat,
+    mnist,
+    regression,
+    simulation,
+    swiss_roll,
+)
 
 SCRIPTS = {"swiss_roll": swiss_roll, "heartbeat": heartbeat, "digits": digits}
 IMAGES = {  # with their networks in a small form
@@ -25,7 +37,12 @@ IMAGES = {  # with their networks in a small form
     "bark": (bark, {"features": (2,), "num_scales": 2, "pixel_units": (2,)}),
     "dead_leaves": (dead_leaves, {"features": (2,), "num_scales": 2, "pixel_units": (2,)}),
 }
-ALL = SCRIPTS | {name: script for name, (script, _) in IMAGES.items()}
+CONDITIONAL = {  # and what they print
+    "regression": (regression, "K by the program above"),
+    "simulation": (simulation, "log p(x | y = 0) at the draws"),
+    "digits_given_label": (digits_given_label, "labels by Bayes' rule"),
+}
+ALL = SCRIPTS | {name: script for name, (script, _) in (IMAGES | CONDITIONAL).items()}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -38,7 +55,7 @@ def test_script_is_short_and_imports_little(name):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
-    assert imported <= {"jax", "numpyro", "flax", "pp_diffusion", "functools"}
+    assert imported <= {"jax", "numpyro", "flax", "pp_diffusion", "functools", "typing"}
     assert '__name__ == "__main__"' in source
 
 
@@ -121,13 +138,62 @@ def test_script_generates(name):
     assert drawn["x"].shape[2:] == x.shape[1:]
 
 
+def test_regression_has_the_densities_of_diffusion():
+    context, y = regression.simulate(jax.random.key(0), 3)
+    units = {"loc": y.mean(0), "scale": y.std(0)}
+    diffusion = regression.diffusion(ppd.standardize(y))
+    params = diffusion.init_params(jax.random.key(1), context, 1)
+    params = jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    guided = handlers.substitute(handlers.seed(regression.guide, jax.random.key(2)), data=params)
+    path = handlers.trace(guided).get_trace(y, context=context, **units)["path"]["value"]
+
+    def log_probs(program, **settings):
+        values, seeded = {"path": path, **params}, handlers.seed(program, 1)
+        return compute_log_probs(seeded, (y,), {"context": context, **settings}, values, sum_log_prob=False)[0]
+
+    for ours, theirs in ((diffusion.model, regression.model), (diffusion.guide, regression.guide)):
+        expected, written_out = log_probs(ours), log_probs(theirs, **units)
+        assert expected.keys() == written_out.keys()
+        for site in expected:
+            np.testing.assert_allclose(written_out[site], expected[site], rtol=1e-5)
+
+
+def test_two_moons_are_normalised():
+    """The crescent's density integrates to one and is that of its draws; so is the posterior for y = 0."""
+    grid = jnp.linspace(-0.2, 0.2, 1601)
+    points = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), -1)
+    density = jnp.exp(simulation.Crescent(jnp.zeros(2)).log_prob(points))
+    np.testing.assert_allclose(density.sum() * (grid[1] - grid[0]) ** 2, 1, atol=2e-3)
+    draws = simulation.Crescent(jnp.zeros(2)).sample(jax.random.key(0), (20_000,))
+    weights = density / density.sum()
+    for function in (lambda p: p[..., 0], lambda p: p[..., 1] ** 2, lambda p: p[..., 0] * p[..., 1] > 0.004):
+        drawn, exact = function(draws), (weights * function(points)).sum()
+        assert abs(drawn.mean() - exact) < 5 * drawn.std() / np.sqrt(20_000)
+    grid = jnp.linspace(-0.6, 0.6, 2401)
+    points = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), -1)
+    posterior = jnp.exp(simulation.exact_log_prob(points, jnp.zeros(2)))
+    np.testing.assert_allclose(posterior.sum() * (grid[1] - grid[0]) ** 2, 1, atol=2e-3)
+    x, y = simulation.batch(jax.random.key(1), 50)
+    assert np.isfinite(simulation.Crescent(simulation.centre(x)).log_prob(y)).all()
+
+
+def test_labelled_digits_keep_their_labels():
+    """Noise and shifts of a pixel leave an image nearest to its own level image."""
+    data = ppd.datasets.digits(jax.random.key(0))
+    levels, labels = data.train[:30], jnp.arange(30)
+    x, label = digits_given_label.batch(jax.random.key(1), levels, labels, size=64, shifted=0.0)
+    nearest = jnp.argmin(jnp.square(x[:, None] - 0.5 - levels).sum((-1, -2)), -1)
+    np.testing.assert_array_equal(nearest, label)
+    assert digits_given_label.batch(jax.random.key(1), levels, labels, size=7)[0].shape == (7, 8, 8)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *CONDITIONAL])
 def test_script_runs_as_a_copy(name, tmp_path):
     copy = tmp_path / "mine.py"
-    copy.write_text(Path(SCRIPTS[name].__file__).read_text())
+    copy.write_text(Path(ALL[name].__file__).read_text())
     done = subprocess.run(
         [sys.executable, copy], capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ
     )
     assert done.returncode == 0, done.stderr
-    assert "K by the program above" in done.stdout
+    assert CONDITIONAL.get(name, (None, "K by the program above"))[1] in done.stdout

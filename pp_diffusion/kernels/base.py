@@ -161,6 +161,16 @@ class Kernel(Frozen):
         """The reverse step in which :math:`x_0` has this distribution: the inverse of :meth:`x_0_given`."""
         raise NotImplementedError(f"{type(self).__name__} does not define reverse_given")
 
+    def guided(self, given: dist.Distribution, without: dist.Distribution, strength: Array) -> dist.Distribution:
+        r"""A step that is led away from the one that knows no context, beyond the one that does.
+
+        About :math:`p(x_{t-1} \mid x_t)^{1-w}\, p(x_{t-1} \mid x_t, c)^w`.
+
+        :param given, without: the steps with the context and with none.
+        :param strength: w; 1 is the step with the context, 0 the one with none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define guided")
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         """The entropy of one of the kernel's distributions, in nats, of batch shape."""
         return distribution.entropy()

@@ -145,6 +145,10 @@ class BinomialKernel(Kernel, saved_as="BinomialKernel"):
         log_odds = jnp.where(both_impossible, 0.0, one - zero)
         return self.bernoulli(base_of(distribution).logits + log_odds)
 
+    def guided(self, given: dist.Distribution, without: dist.Distribution, strength: Array) -> dist.Distribution:
+        one, other = base_of(given).logits, base_of(without).logits
+        return self.bernoulli(other + strength * (one - other))
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         return self.sum_events(_bit_entropy(jnp.broadcast_to(base_of(distribution).logits, distribution.shape())))
 

@@ -171,6 +171,12 @@ class GaussianKernel(Kernel, saved_as="GaussianKernel"):
         mean, variance = self.posterior_moments(x_t, base_of(x_0).loc, rates)
         return self.normal(mean, variance + slope**2 * base_of(x_0).scale ** 2)
 
+    def guided(self, given: dist.Distribution, without: dist.Distribution, strength: Array) -> dist.Distribution:
+        # the product of the powers, where the two variances are equal
+        mean, other = base_of(given).loc, base_of(without).loc
+        variance, broad = base_of(given).scale ** 2, base_of(without).scale ** 2
+        return self.normal(other + strength * (mean - other), broad + jnp.clip(strength, 0, 1) * (variance - broad))
+
     def entropy(self, distribution: dist.Distribution) -> Array:
         scale = base_of(distribution).scale
         return self.sum_events(jnp.log(jnp.broadcast_to(scale, distribution.shape())) + 0.5 * _LOG_2_PI_E)

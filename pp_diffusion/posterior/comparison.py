@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pp_diffusion.posterior.api import SMC
-from pp_diffusion.posterior.tempered import TemperedSMC
+from pp_diffusion.posterior.facade import LatentSampler
 from pp_diffusion.posterior.verdicts import COLLAPSED
 from pp_diffusion.units import nats_to_bits
 
@@ -49,11 +49,11 @@ class EvidenceComparison(NamedTuple):
             )
 
 
-def compare_evidence(runs: Mapping[str, SMC | TemperedSMC]) -> EvidenceComparison:
+def compare_evidence(runs: Mapping[str, SMC | LatentSampler]) -> EvidenceComparison:
     """Log Bayes factors and probabilities of models of the same data, with errors.
 
-    :param runs: by name, :class:`~pp_diffusion.SMC` or :class:`~pp_diffusion.TemperedSMC` objects that have been run;
-        from 8 chains on, they have errors.
+    :param runs: by name, :class:`~pp_diffusion.SMC`, :class:`~pp_diffusion.TemperedSMC` or
+        :class:`~pp_diffusion.AmortizedSMC` objects that have been run; from 8 chains on, they have errors.
     :raises TypeError: if ``runs`` is no mapping to SMC objects.
     :raises ValueError: with fewer than two models; where they did not observe the same data; where a run collapsed.
 
@@ -78,7 +78,7 @@ def compare_evidence(runs: Mapping[str, SMC | TemperedSMC]) -> EvidenceCompariso
         >>> f"{compared.log_bayes_factor[0]:.1f}", f"{compared.probability[1]:.2f}"
         ('-2.0', '0.88')
     """
-    if not isinstance(runs, Mapping) or not all(isinstance(smc, SMC | TemperedSMC) for smc in runs.values()):
+    if not isinstance(runs, Mapping) or not all(isinstance(smc, SMC | LatentSampler) for smc in runs.values()):
         raise TypeError(f"runs must be a mapping from names to SMC objects; got {type(runs).__name__}")
     if len(runs) < 2:
         raise ValueError(f"runs must hold at least two models; got {len(runs)}")
@@ -100,7 +100,7 @@ def compare_evidence(runs: Mapping[str, SMC | TemperedSMC]) -> EvidenceCompariso
     )
 
 
-def _check_same_data(runs: Mapping[str, SMC | TemperedSMC]) -> None:
+def _check_same_data(runs: Mapping[str, SMC | LatentSampler]) -> None:
     """Evidences of different data say nothing about models. Sites may have other names.
 
     :raises ValueError: naming the two models.
@@ -115,6 +115,6 @@ def _check_same_data(runs: Mapping[str, SMC | TemperedSMC]) -> None:
             )
 
 
-def _fingerprints(smc: SMC | TemperedSMC) -> list[tuple[tuple[int, ...], bytes]]:
+def _fingerprints(smc: SMC | LatentSampler) -> list[tuple[tuple[int, ...], bytes]]:
     values = [np.asarray(value, np.float64) for value in smc.observed_values.values()]
     return [(value.shape, value.tobytes()) for value in values]

@@ -70,6 +70,11 @@ def known_places(reader: Reader, prior: DiffusionPrior, name: str) -> dict[str, 
     sites = [site for site in reader.observed if site.kind.is_exact]
     if not sites:
         return {}
+    if (transform := prior.transform) is not None and (transform.domain.event_dim or transform.codomain.event_dim):
+        raise ValueError(
+            f"site {sites[0].name!r}: an exact observation needs a transform that acts on each coordinate alone; "
+            f"{type(transform).__name__} does not"
+        )
     systems = reader.systems
     size = systems.number * systems.state_size
     positions = np.arange(size, dtype=np.float32)
@@ -101,12 +106,6 @@ def known_places(reader: Reader, prior: DiffusionPrior, name: str) -> dict[str, 
 
 
 def _check_values(site: str, part: ExactPart, prior: DiffusionPrior, name: str) -> None:
-    transform = prior.transform
-    if transform is not None and (transform.domain.event_dim or transform.codomain.event_dim):
-        raise ValueError(
-            f"site {site!r}: an exact observation needs a transform that acts on each coordinate alone; "
-            f"{type(transform).__name__} does not"
-        )
     support = prior.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint

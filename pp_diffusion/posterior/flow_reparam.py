@@ -51,8 +51,8 @@ class FlowReparam(NoiseReparam):
         return ". For a DiffusionPrior, use pp_diffusion.TrajectoryReparam" if isinstance(law, DiffusionPrior) else ""
 
     def noise_shape(self, law: DiffusionFlow) -> tuple[int, ...]:
-        """That of x."""
-        return law.event_shape
+        """That of a state of the model's space."""
+        return law.noise_shape
 
     def from_noise(self, law: DiffusionFlow, noise: Array) -> Array:
         """x, by the flow's map."""

@@ -128,7 +128,7 @@ def _sample(perturbed: PerturbedPrior, rng_key: Array, sample_shape: tuple[int, 
     kernel, powers = process.kernel, jnp.asarray(perturbed.powers, dtype=float)
 
     def log_r(z: Array) -> Array:
-        rows = perturbed.log_r(space.to_data(z).reshape(-1, *kernel.event_shape))
+        rows = perturbed.log_r(space.to_data(z).reshape(-1, *perturbed.event_shape))
         return rows.reshape(kernel.batch_shape_of(z))
 
     def draw(distribution: dist.Distribution, at: tuple[Array, Array]) -> Array:

@@ -223,8 +223,14 @@ def full_precision() -> Any:
 def origin(fn: Any) -> Array:
     """A state that a prior's site can have, in data units."""
     prior = base_of({"fn": fn})
-    z = prior.kernel.as_state(jnp.zeros(fn.shape()))
+    z = prior.kernel.as_state(jnp.zeros(state_shape(fn)))
     return z if prior.transform is None else prior.transform(z)
+
+
+def state_shape(fn: Any) -> tuple[int, ...]:
+    """Of the states of a prior's site, in the model's space."""
+    event_shape = base_of({"fn": fn}).kernel.event_shape
+    return (*fn.shape()[: len(fn.shape()) - len(event_shape)], *event_shape)
 
 
 def unconstrained(message: Message) -> Array:

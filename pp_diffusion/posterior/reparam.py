@@ -88,8 +88,8 @@ class TrajectoryReparam(NoiseReparam):
             )
 
     def noise_shape(self, law: DiffusionPrior) -> tuple[int, ...]:
-        """``(T + 1, *event_shape)``."""
-        return (law.num_timesteps + 1, *law.event_shape)
+        """T + 1 states of the model's space."""
+        return (law.num_timesteps + 1, *law.kernel.event_shape)
 
     def from_noise(self, law: DiffusionPrior, noise: Array) -> Array:
         """x, by the whole trajectory."""

@@ -12,6 +12,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from pp_diffusion.posterior.messages import Message, base_of
+from pp_diffusion.posterior.program import state_shape
 
 
 class Layout(NamedTuple):
@@ -40,7 +41,7 @@ class Systems(NamedTuple):
 
     :ivar shape: of the plates whose elements they are; ``()`` is one system.
     :ivar layout: of x; the axes of ``to_event`` count as batch axes here, and are part of one system's state.
-    :ivar state_shape: of one system's x.
+    :ivar state_shape: of one system's x, in the model's space.
     :ivar event_ndim: how many of its axes are the kernel's event.
     :ivar site_shape: of x at its site.
     :ivar plates: the names of these plates.
@@ -85,6 +86,6 @@ def systems_of(message: Message, frames: Sequence[Any]) -> Systems:
     event_ndim = base_of(message).event_dim
     inner = fn.event_dim - event_ndim  # to_event's axes are part of one system's x
     layout = Layout(tuple(frame.dim - inner for frame in frames), len(fn.shape()) - event_ndim)
-    state_shape = layout.split(np.zeros(fn.shape())).shape[1:]
+    of_one = layout.split(np.zeros(state_shape(fn))).shape[1:]
     sizes, names = tuple(frame.size for frame in frames), tuple(frame.name for frame in frames)
-    return Systems(sizes, layout, tuple(state_shape), event_ndim, fn.shape(), names, message["value"].dtype)
+    return Systems(sizes, layout, tuple(of_one), event_ndim, fn.shape(), names, message["value"].dtype)

@@ -66,6 +66,15 @@ class Target(Frozen):
             at += size
         return self.densities(self.program, latents)
 
+    @property
+    def size(self) -> int:
+        """How many numbers the latents are."""
+        return sum(math.prod(shape) for _, shape, _ in self.shapes)
+
+    def observed(self) -> dict[str, Array]:
+        """What is observed, ``numpyro.factor`` apart."""
+        return self.measure(jnp.zeros(self.size)).observed
+
     def log_densities(self, position: Array) -> tuple[Array, Array]:
         """Log prior and log likelihood."""
         found = self.measure(position)
@@ -80,7 +89,7 @@ def read_target(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     """
     messages = trace_model(model, args, kwargs).sites
     _check(messages)
-    values = {n: unconstrained(m) for n, m in messages.items() if _is_latent(m)}
+    values = {n: unconstrained(m) for n, m in messages.items() if is_latent(m)}
     key = jax.random.key(0)
     program, densities = trace_with_arrays(model, args, kwargs, lambda program: Traced(_measure, program, values))
     draws = Traced(lambda program, key: _draw(tuple(values), program, key), program, key)
@@ -91,7 +100,7 @@ def _check(messages: Mapping[str, Message]) -> None:
     for name, site in messages.items():
         if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
             raise ValueError(f"plate {name!r} is subsampled: TemperedSMC needs the whole likelihood")
-        if not _is_latent(site):
+        if not is_latent(site):
             continue
         if isinstance(base_of(site), DiffusionPrior):
             raise ValueError(
@@ -104,7 +113,7 @@ def _check(messages: Mapping[str, Message]) -> None:
                 "by handlers.condition, and weigh the runs by their log_evidence; or take NUTS, which sums it "
                 "out, by infer={'enumerate': 'parallel'}"
             )
-    if not any(map(_is_latent, messages.values())):
+    if not any(map(is_latent, messages.values())):
         raise ValueError("the model has no latent site")
 
 
@@ -124,10 +133,11 @@ def _measure(program: Program, latents: Latents) -> Measured:
     return Measured(
         log_prior + sum(map(jnp.sum, trace.log_det.values()), start=zero),
         jnp.where(jnp.isnan(likelihood), -jnp.inf, likelihood),
-        {n: jnp.asarray(m["value"]) for n, m in trace.sites.items() if _is_latent(m) or is_deterministic(m)},
+        {n: jnp.asarray(m["value"]) for n, m in trace.sites.items() if is_latent(m) or is_deterministic(m)},
         {n: jnp.asarray(m["value"]) for n, m in observed.items()},
     )
 
 
-def _is_latent(message: Message) -> bool:
+def is_latent(message: Message) -> bool:
+    """Whether a site is one that a sampler draws."""
     return message["type"] == "sample" and not message["is_observed"] and not is_fixed(message)

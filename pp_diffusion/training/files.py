@@ -8,20 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from pp_diffusion.archives import pack_tree, read_whole, unpack_tree, write_whole
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.saving import (
+    pack_covariates,
     pack_diffusion,
-    pack_tree,
-    read_whole,
+    unpack_covariates,
     unpack_diffusion,
-    unpack_tree,
     versions,
-    write_whole,
 )
 from pp_diffusion.training.update import FitState, SavedState, leaves_of
 from pp_diffusion.training.validation import Validation
 
-FORMAT, FORMAT_VERSION = "pp_diffusion fit", 1
+FORMAT, FORMAT_VERSION = "pp_diffusion fit", 2
 
 
 def write_fit(
@@ -38,6 +37,7 @@ def write_fit(
     :param notes: what JSON can say.
     """
     arrays: dict[str, np.ndarray] = {"losses": losses}
+    covariates = diffusion.covariates_in(params)
     leaves = state.leaves if isinstance(state, SavedState) else leaves_of(state).leaves
     arrays |= {f"state.{i:05}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     if validation is not None:
@@ -47,7 +47,10 @@ def write_fit(
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "diffusion": pack_diffusion(diffusion, arrays),
-        "params": pack_tree(params, "params", arrays),
+        "params": pack_tree(
+            {site: value for site, value in params.items() if value is not covariates}, "params", arrays
+        ),
+        "covariates": pack_covariates(covariates, arrays),
         "validation": validation is not None,
         "notes": notes,
     }
@@ -62,10 +65,16 @@ def read_fit(path: str | os.PathLike[str], network: Any) -> dict[str, Any]:
     header, arrays = read_whole(Path(path), FORMAT, FORMAT_VERSION, "fit.save")
     try:
         validation = {k.removeprefix("validation."): a for k, a in arrays.items() if k.startswith("validation.")}
+        diffusion = unpack_diffusion(header["diffusion"], arrays, network)
+        covariates = unpack_covariates(header.get("covariates"), arrays)
+        params = unpack_tree(header["params"], arrays)
+        if covariates is not None:
+            params[diffusion.covariates_site] = covariates
+        leaves = tuple(a for name, a in sorted(arrays.items()) if name.startswith("state."))
         return header["notes"] | {
-            "diffusion": unpack_diffusion(header["diffusion"], arrays, network),
-            "params": unpack_tree(header["params"], arrays),
-            "state": SavedState(tuple(a for name, a in sorted(arrays.items()) if name.startswith("state."))),
+            "diffusion": diffusion,
+            "params": params,
+            "state": SavedState(leaves, covariates),
             "losses": arrays["losses"],
             "validation": Validation(**validation) if header["validation"] else None,
         }

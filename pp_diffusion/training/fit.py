@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,13 +13,14 @@ import numpy as np
 from jax import Array
 
 from pp_diffusion.checks import check_key, positive_int
+from pp_diffusion.covariates import Covariates
 from pp_diffusion.diffusion import Diffusion
-from pp_diffusion.prior import DiffusionPrior
 from pp_diffusion.training.checkpoints import Checkpoints
 from pp_diffusion.training.files import read_fit, write_fit
 from pp_diffusion.training.forms import as_held_out, as_source
 from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, default_updates, identity_of
 from pp_diffusion.training.sharding import as_layout
+from pp_diffusion.training.sources import Encoding
 from pp_diffusion.training.update import FitState, ObjectiveName, SavedState, Settings, as_objective
 from pp_diffusion.training.validation import HeldOut, Validation
 
@@ -48,11 +50,19 @@ class FitResult:
     validation: Validation | None = field(default=None, repr=False)
 
     @property
-    def prior(self) -> DiffusionPrior:
-        """The trained diffusion as a NumPyro distribution, ``diffusion.prior(params)``."""
-        if self.needs_context:
+    def prior(self) -> Any:
+        """The trained diffusion as a NumPyro distribution, ``diffusion.prior(params)``; of a fit with a context, a
+        function of it, :class:`~pp_diffusion.ConditionalPrior`, which gives that for each: ``fit.prior(context)``."""
+        if self.covariates is not None:
+            return self.diffusion.conditional_prior(self.params)
+        if self.needs_context:  # of a file from before covariates were kept
             raise ValueError("context is needed: it was trained with one; use diffusion.prior(fit.params, context=...)")
         return self.diffusion.prior(self.params)
+
+    @property
+    def covariates(self) -> Covariates | None:
+        """What encodes the context, in ``params`` too; ``None`` without one."""
+        return self.diffusion.covariates_in(self.params)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it to one file, for :func:`load_fit`: also one that was trained with a context, of which none need be
@@ -103,6 +113,8 @@ def fit(
     batch_size: int = 512,
     optimizer: optax.GradientTransformation | Any = None,
     context: Any = None,
+    context_drop: float = 0.0,
+    covariates: Covariates | None = None,
     num_times: int = 1,
     objective: ObjectiveName = "bound",
     average: float | None = 0.999,
@@ -146,7 +158,15 @@ def fit(
     :param int batch_size: rows per update, for an array (at most N).
     :param optimizer: an optax optimiser, or one of NumPyro's; the default is Adam with warm-up, cosine decay to zero,
         and clipped gradients.
-    :param context: covariates of an array's rows.
+    :param context: covariates of an array's rows: floats, which are standardised; or a number or string for each row,
+        its label; or a pytree of both. See :class:`~pp_diffusion.Covariates`. ``fit.prior`` is a function of it then.
+        Images or sets go through :class:`networks.Embedded <pp_diffusion.networks.Embedded>`.
+    :param context_drop: the share of the rows in each batch whose context is dropped, so that one network is the
+        unconditional prior too, ``fit.prior(None)``, and draws can be guided, ``fit.prior(context).guided(2.0)``.
+    :param covariates: what encodes the context, such as that of an earlier fit, or one that knows labels which the
+        first batch does not; ``None`` makes it from the context of all rows, of the first batch or of a function's
+        first 4096 rows. The programs ``diffusion.model`` and its like take a context that is encoded,
+        ``fit.covariates(context)``.
     :param int num_times: time steps drawn per row and update.
     :param objective: ``"bound"``, the paper's K; or ``"mse"``, the squared error of :math:`f_\mu` summed over steps
         (:meth:`Diffusion.mse_model`), for comparison: it trains no variances, and weights the steps otherwise than K.
@@ -194,9 +214,10 @@ def fit(
         positive_int(name, count)
     plan, chosen, layout = Plan(num_steps, total_steps).checked(), as_objective(objective, diffusion), as_layout(mesh)
     check_key(rng_key)
-    own_rows = None if validation_data is None else as_held_out(diffusion.space, validation_data)
-    share = val_prop if own_rows is None else 0.0
-    source = as_source(diffusion.space, data, context, batch_size, rng_key, layout, share, row_noise)
+    share = val_prop if validation_data is None else 0.0
+    encoding = _encoding(covariates, state, context_drop)
+    source = as_source(diffusion.space, data, context, batch_size, rng_key, layout, share, row_noise, encoding)
+    own_rows = None if validation_data is None else as_held_out(diffusion.space, validation_data, source.covariates)
     rows = own_rows or source.held_out
     settings = Settings(
         optimizer, num_times, average, chosen, rows is not None, accumulate, max_skipped > 0, layout
@@ -217,13 +238,25 @@ def fit(
         context_too = source.example[1] is not None
         validation = None if training.held_out is None else training.held_out.result()
         losses, state = training.all_losses, training.state
-        return FitResult(diffusion, training.params, losses, state, context_too, objective, validation)
+        own = {} if source.covariates is None else {diffusion.covariates_site: source.covariates}
+        return FitResult(diffusion, training.params | own, losses, state, context_too, objective, validation)
 
     try:
         training.train(end, total, max_skipped, checkpoints, callback, progress_bar)
     except NonFiniteUpdates as error:
         raise NonFiniteLossError(str(error), result() if len(training.all_losses) else None) from None
     return result()
+
+
+def _encoding(covariates: Any, state: Any, drop: float) -> Encoding:
+    covariates = getattr(state, "covariates", None) if covariates is None else covariates
+    if covariates is None:
+        return partial(Covariates.from_rows, drop=drop)
+    if not isinstance(covariates, Covariates):
+        raise TypeError(f"covariates must be a Covariates or None; got {type(covariates).__name__}")
+    if drop not in (0, covariates.drop):
+        raise ValueError(f"context_drop must be that of the covariates, {covariates.drop}; got {drop}")
+    return lambda context: covariates
 
 
 def _check_settings(

@@ -120,15 +120,16 @@ class Run:
 
         :raises ValueError: naming ``state``, if it is of another diffusion or optimizer.
         """
+        begin = source.example, settings, source.covariates
         if isinstance(state, FitState):
             own_key = state.svi.rng_key  # of whatever make: the one given here is not used
-            fresh, _ = jax.eval_shape(lambda: first_state(diffusion, source.example, own_key, settings))
+            fresh, _ = jax.eval_shape(lambda: first_state(diffusion, begin[0], own_key, *begin[1:]))
             if [a.shape for a in jax.tree.leaves(state)] != [a.shape for a in jax.tree.leaves(fresh)]:
                 raise ValueError("state is that of another diffusion or optimizer: its arrays have other shapes")
             first = state
         else:
             init_key, _ = jax.random.split(rng_key)
-            first, importance = first_state(diffusion, source.example, init_key, settings)
+            first, importance = first_state(diffusion, begin[0], init_key, *begin[1:])
             check_importance(importance)
             first = first if state is None else state.like(first)
         source.skip(int(first.step), anew=False)
@@ -294,6 +295,7 @@ def identity_of(
         "objective": settings.objective.name,
         "num_times": settings.num_times,
         "average": settings.average,
+        "context_drop": (source.covariates.drop or None) if source.covariates else None,
         "accumulate": settings.accumulate,
         "batch_size": source.batch_size,
         "data": "; ".join(layout.of_all(source.fingerprint())),

@@ -18,9 +18,15 @@ from jax.tree_util import Partial
 
 from pp_diffusion import contexts
 from pp_diffusion.checks import COARSE, find_ties, name_columns
+from pp_diffusion.covariates import Covariates
 from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.training.sharding import Layout
+
+#: From the rows of a context to what encodes it.
+Encoding = Callable[[Any], Covariates]
+#: Of a function's batches, so many rows tell the scale of their context.
+ROWS_FOR_SCALES = 4096
 
 
 class Feed(Frozen):
@@ -58,6 +64,8 @@ class Source:
     num_rows: int | None = None
     #: Rows that are not trained on, and their context.
     held_out: tuple[Any, Any] | None = None
+    #: What encoded all context.
+    covariates: Covariates | None = None
 
     @abstractmethod
     def take(self, most: int, step: int) -> tuple[Feed | None, int]:
@@ -92,8 +100,8 @@ class Source:
 class Batches(Source):
     """Batches, or pairs ``(x, context)``, over and over where they can be read again; stacked for each dispatch."""
 
-    def __init__(self, space: DataSpace, data: Iterable[Any], layout: Layout) -> None:
-        self.space, self.data, self.layout = space, data, layout
+    def __init__(self, space: DataSpace, data: Iterable[Any], layout: Layout, encoding: Encoding | None = None) -> None:
+        self.space, self.data, self.layout, self.encoding = space, data, layout, encoding
         self.iterator: Any = iter(data)
         self.count = 0
         #: what was read and not used yet, each behind the position that it was read at
@@ -154,7 +162,11 @@ class Batches(Source):
             position = self._state()
             for batch in self.iterator:
                 self.count += 1
-                pair = check_pair(self.space, *as_pair(batch), f"data: batch {self.count}", "batch")
+                x, context = as_pair(batch)
+                if self.covariates is None and self.encoding is not None and context is not None:
+                    self.covariates = self.encoding(context)
+                context = encoded_rows(self.covariates, context)
+                pair = check_pair(self.space, x, context, f"data: batch {self.count}", "batch")
                 self.pending.append((position, pair))
                 return pair
             if self.iterator is self.data or not self.count:
@@ -190,12 +202,17 @@ def length_of_stacks(batch: Any) -> int:
 class Simulated(Source):
     """A function ``rng_key -> batch``, traced into the update."""
 
-    def __init__(self, space: DataSpace, data: Callable[[Array], Any], rng_key: Array) -> None:
-        batch = check_pair(space, *as_pair(data(rng_key)), "data(rng_key)", "batch")
+    def __init__(
+        self, space: DataSpace, data: Callable[[Array], Any], rng_key: Array, encoding: Encoding | None = None
+    ) -> None:
+        x, context = as_pair(data(rng_key))
+        if encoding is not None and context is not None:
+            self.covariates = encoding(_more_of(data, rng_key, context))
+        batch = check_pair(space, x, encoded_rows(self.covariates, context), "data(rng_key)", "batch")
         warn_of_scales(space, np.asarray(batch[0]))
         warn_of_ties(space, np.asarray(batch[0]))
         self.batch_size, self.example = len(batch[0]), first_rows(batch)
-        self.feed = DrawFeed(data)
+        self.feed = DrawFeed(data, self.covariates)
 
     def take(self, most: int, step: int) -> tuple[Feed | None, int]:
         return self.feed, most
@@ -207,16 +224,26 @@ class Simulated(Source):
 class DrawFeed(Feed):
     """A new batch for each update; the arrays of a :class:`jax.tree_util.Partial` are leaves."""
 
-    data_fields = ("draw",)
+    data_fields = ("draw", "covariates")
 
     draw: Partial
+    covariates: Covariates | None
 
-    def __init__(self, draw: Callable[[Array], Any]) -> None:
-        self._set(draw=draw if isinstance(draw, Partial) else Partial(draw))
+    def __init__(self, draw: Callable[[Array], Any], covariates: Covariates | None = None) -> None:
+        self._set(draw=draw if isinstance(draw, Partial) else Partial(draw), covariates=covariates)
 
     def batch(self, rng_key: Array, i: Array, progress: Array) -> tuple[Array, Any, Array]:
         rng_key, batch_key = jax.random.split(rng_key)
-        return *as_pair(self.draw(batch_key)), rng_key
+        x, context = as_pair(self.draw(batch_key))
+        return x, encoded_rows(self.covariates, context), rng_key
+
+
+def _more_of(data: Callable[[Array], Any], rng_key: Array, context: Any) -> Any:
+    """The context of so many more batches that its scale is known."""
+    num_rows = max(len(leaf) for leaf in jax.tree.leaves(context))
+    draw = jax.jit(lambda key: as_pair(data(key))[1])
+    keys = jax.random.split(jax.random.fold_in(rng_key, 1), min(-(-ROWS_FOR_SCALES // num_rows), 64))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *map(draw, keys))
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -250,6 +277,11 @@ def warn_of_ties(space: DataSpace, data: np.ndarray) -> None:
             "last_step='discretized' for integers; a value that is a case of its own is for a mixture to say",
             stacklevel=5,
         )
+
+
+def encoded_rows(covariates: Covariates | None, context: Any) -> Any:
+    """Rows of a context as the network gets them."""
+    return context if covariates is None or context is None else covariates(context)
 
 
 def check_pair(space: DataSpace, x: Any, context: Any, name: str, axis: str) -> tuple[Array, Any]:

@@ -13,6 +13,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 
+from pp_diffusion.covariates import Covariates
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.objectives import check_squared_errors, step_cost, step_importance, step_squared_error
 from pp_diffusion.training.sharding import Layout
@@ -48,6 +49,7 @@ class FitState(NamedTuple):
     :ivar step: updates done.
     :ivar total: updates over which the default optimizer's rate runs.
     :ivar best: what the held-out rows liked best; ``None`` without them.
+    :ivar covariates: what encodes the context; ``None`` without one.
     """
 
     svi: SVIState
@@ -55,15 +57,18 @@ class FitState(NamedTuple):
     step: Array
     total: Array
     best: Best | None
+    covariates: Covariates | None = None
 
 
 class SavedState(NamedTuple):
     """The arrays of a state as a file or another process holds them, without its structure.
 
     :ivar leaves: in the order of the state's own, keys as their data.
+    :ivar covariates: what encodes the context, where it is known.
     """
 
     leaves: tuple[Any, ...]
+    covariates: Covariates | None = None
 
     def like(self, fresh: FitState) -> FitState:
         """The state with the structure of ``fresh``.
@@ -208,7 +213,11 @@ def with_constraints(svi: SVI, x: Array, context: Any) -> SVI:
 
 @partial(jax.jit, static_argnums=3)
 def first_state(
-    diffusion: Diffusion, example: tuple[Any, Any], rng_key: Array, settings: Settings
+    diffusion: Diffusion,
+    example: tuple[Any, Any],
+    rng_key: Array,
+    settings: Settings,
+    covariates: Covariates | None = None,
 ) -> tuple[FitState, Array]:
     """The first state, and how often each step of the network's is to be drawn, whose values the caller can check."""
     x, context = example
@@ -219,7 +228,7 @@ def first_state(
     none = jnp.zeros((), int)
     params = svi.get_params(svi_state)
     best = Best(params, jnp.full((), -jnp.inf, float), none, none) if settings.held_out else None
-    return FitState(svi_state, params, none, none, best), step_importance(diffusion.kernel, rates)
+    return FitState(svi_state, params, none, none, best, covariates), step_importance(diffusion.kernel, rates)
 
 
 @partial(jax.jit, static_argnums=4)
@@ -231,6 +240,9 @@ def run(
     def update(i: Array, carry: tuple[FitState, Array]) -> tuple[FitState, Array]:
         state, losses = carry
         x, context, rng_key = feed.batch(state.svi.rng_key, i, (state.step + 1) / state.total)
+        if state.covariates is not None and state.covariates.drop:
+            rng_key, drop_key = jax.random.split(rng_key)
+            context = state.covariates.dropped(drop_key, context)
         x, context = settings.layout.keep_rows((x, context))
         svi = with_constraints(make_svi(diffusion, settings, len(x), state.total), x, context)
         svi_state = state.svi._replace(rng_key=rng_key)
