@@ -214,6 +214,7 @@ def quadrature(likelihood: Likelihood, value: Any, half_width: float = 9.0, size
     def line(u: Array) -> tuple[Array, Array, Array]:
         x = u * DIRECTION + points[:, None] * across
         log_density = dist.Normal(0, 1).log_prob(x).sum(-1) + _log_prob(likelihood.at(x), value)
+        log_density = jnp.where(jnp.isnan(log_density), -jnp.inf, log_density)  # far out, of a truncated one
         log_mass = jax.nn.logsumexp(log_density)
         weights = jnp.exp(log_density - jnp.where(jnp.isfinite(log_mass), log_mass, 0.0))
         return log_mass, weights @ x, weights @ x**2

@@ -42,6 +42,7 @@ def test_priors_hold_the_process_and_no_recipe():
     assert set(inspect.signature(ppd.DiffusionPrior).parameters) == {
         "process",
         "transform",
+        "covariates",
         "log_prob",
         "validate_args",
     }

@@ -43,7 +43,6 @@ NO_TRANSFORMS = {
     "an inverse": transforms.ExpTransform().inv,
     "scale 0": transforms.AffineTransform(0.0, 0.0),
     "not one to one": transforms.AbsTransform(),
-    "another size": transforms.StickBreakingTransform(),
     "another shape": transforms.ReshapeTransform((2, 1), (2,)),
     "loc of 3": transforms.AffineTransform(jnp.zeros(3), 1.0),
     "a batch of locs": transforms.AffineTransform(jnp.zeros((4, 2)), 1.0),

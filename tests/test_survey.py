@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 import pp_diffusion as ppd
 from pp_diffusion.posterior.factors import read_model
-from pp_diffusion.posterior.survey import Judge, calibration, survey
+from pp_diffusion.posterior.survey import Judge, survey
 from pp_diffusion.states.errors import LARGEST_RATIO
 
 KEY, Y, NUM_TIMESTEPS = jax.random.key(0), jnp.array([1.5, -0.5]), 12
@@ -43,7 +43,7 @@ def factors_of(ripple):
 
 @pytest.fixture(scope="module")
 def judged():
-    return {ripple: calibration(factors_of(ripple)) for ripple in (0.0, 0.05)}
+    return {ripple: Judge()(factors_of(ripple)) for ripple in (0.0, 0.05)}
 
 
 def test_the_evidence_by_plain_draws():
@@ -87,6 +87,6 @@ def test_the_judge_remembers_while_the_prior_is_the_same():
     factors = [read_model(model, (density, Y, jnp.array(scale)), {}) for scale in (1.0, 2.0)]
     first = judge(factors[0])
     assert judge(factors[1]) is first
-    jax.tree.map(np.testing.assert_array_equal, first, calibration(factors[1]))
+    jax.tree.map(np.testing.assert_array_equal, first, Judge()(factors[1]))
     other = judge(read_model(model, (prior(jnp.float32(0.0)), Y, jnp.array(1.0)), {}))
     assert (other.ratio != first.ratio).any()

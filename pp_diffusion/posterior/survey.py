@@ -21,6 +21,7 @@ from pp_diffusion.posterior.factors import Factors
 from pp_diffusion.posterior.particles import ess, log_mean
 from pp_diffusion.posterior.prediction import predict
 from pp_diffusion.posterior.verdicts import Plain
+from pp_diffusion.reverse import ReverseProcess
 
 #: Draws, of all systems together, by which predictions are judged.
 NUM_JUDGED = 256
@@ -68,7 +69,8 @@ class Judge:
         fixed = structure, factors.systems, [(np.shape(a), jnp.result_type(a)) for a in arrays]
         if self._seen is None or self._seen[0] != fixed or not _are_equal(self._seen[1], arrays):
             self._seen = fixed, [np.array(a) for a in arrays]  # copies: NumPy's arrays may change
-            self._found = calibration(factors)
+            systems = factors.reader.systems
+            self._found = calibration(factors.process, systems.batch_shape, systems.number)
         return self._found
 
 
@@ -76,13 +78,14 @@ def _are_equal(before: list[np.ndarray], now: list[Any]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(before, now, strict=True))
 
 
-@jit_once
-def calibration(factors: Factors) -> Any:
-    """Of predictions, by the errors that they make of draws of the prior."""
-    process, space = factors.process, factors.space
-    x_key, rng_key = jax.random.split(jax.random.key(0))
-    num_draws = math.ceil(NUM_JUDGED / factors.num_systems)
-    x_0 = sample_chain(x_key, process, (num_draws, 1, *factors.reader.systems.batch_shape))
+@partial(jit_once, static_argnames=("batch_shape", "num_systems"))
+def calibration(process: ReverseProcess, batch_shape: tuple[int, ...], num_systems: int) -> Any:
+    """Of predictions, by the errors that they make of draws of the prior.
+
+    :param batch_shape: the process's own, of the systems.
+    """
+    space, (x_key, rng_key) = process.kernel.state_space, jax.random.split(jax.random.key(0))
+    x_0 = sample_chain(x_key, process, (math.ceil(NUM_JUDGED / num_systems), 1, *batch_shape))
 
     def at_step(at: tuple[Array, Array]) -> Any:
         t, key = at
