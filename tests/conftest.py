@@ -1,11 +1,13 @@
 """Compilation is most of what the quick tests cost: they do without XLA's optimisations, which save nothing there, and
-by its older emitters of loops for CPUs, which compile twice as fast.
+by its older emitters of loops for CPUs, which compile twice as fast. What one process has compiled the others take from
+a folder that goes with the run.
 
 A run that asks for other tests than the quick ones, `pytest -m slow`, compiles as a user's program does. So does one
 with XLA_FLAGS set, to nothing for instance.
 """
 
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 QUICK = "not slow"  # pyproject's
 LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 MAPS = Path("/proc/self/maps")
 EXACT = Path(__file__).parent / "exact"
 
@@ -20,6 +23,10 @@ EXACT = Path(__file__).parent / "exact"
 def pytest_configure(config):
     if config.option.markexpr == QUICK and "XLA_FLAGS" not in os.environ:
         os.environ |= {"XLA_FLAGS": LIGHT, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # also for programs that tests start
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            folder = tempfile.TemporaryDirectory(prefix="compiled-")
+            config.add_cleanup(folder.cleanup)
+            os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, **CACHE_ALL}
 
 
 def pytest_report_header():

@@ -88,6 +88,7 @@ def test_a_bad_amortisation_costs_variance_only(good, bad):
     assert smc.log_evidence_error > 3 * ran(good, num_particles=4000).log_evidence_error
 
 
+@pytest.mark.slow
 def test_an_amortisation_of_another_model():
     """Narrow, and beside the posterior: the prior's draws among the particles carry the answer."""
 
@@ -140,6 +141,7 @@ def test_path_weights_of_the_exact_process(last_step):
     np.testing.assert_allclose(-log_ratio, dist.Normal(0, 1).log_prob(x).sum(-1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_constrained_latents_against_quadrature():
     """A scale and a share, unconstrained inside: moments and evidence by a grid."""
 

@@ -28,9 +28,8 @@ def ceiling(num_timesteps, last_step, num_rows, num_samples=1):
     return ppd.units.nats_to_bits(value.mean()), ppd.units.nats_to_bits(value.std(ddof=1) / np.sqrt(len(value)))
 
 
-@pytest.mark.parametrize(
-    "last_step, expected", [("kernel", -2.9737), pytest.param("network", -2.3718, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("last_step, expected", [("kernel", -2.9737), ("network", -2.3718)])
+@pytest.mark.slow
 def test_the_best_bound_of_100_steps(last_step, expected):
     """Within 4 standard errors + .002 bits."""
     value, error = ceiling(100, last_step, 8190)

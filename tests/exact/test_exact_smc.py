@@ -159,6 +159,7 @@ def test_one_coordinate_observed_exactly():
     check_evidence(log_evidences, truth[2])
 
 
+@pytest.mark.slow
 def test_exact_and_noisy_observations_in_data_units():
     """A transform, one coordinate known, another seen with noise; T = 100, against the chain's own law."""
     data, loc, scale = ASYMMETRIC, np.array([3.0, -20.0]), np.array([0.1, 7.0])
