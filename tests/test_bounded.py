@@ -118,6 +118,7 @@ def test_noise_has_the_shape_of_states(name, data):
     np.testing.assert_allclose(moved, x[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_plates_and_the_programs(name, data):
     diffusion = diffusion_of(name, data, ppd.networks.MLP((8,)))
     params = diffusion.init_params(KEY)

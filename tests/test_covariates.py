@@ -107,6 +107,7 @@ def test_a_prior_is_a_function_of_words():
     assert ppd.lower_bound(KEY, result.prior(WORDS), X).value.shape == (120,)
 
 
+@pytest.mark.slow
 def test_functions_iterables_and_files_encode_as_arrays_do(tmp_path):
     def draw(key):
         rows = jax.random.randint(key, (16,), 0, 120)

@@ -88,6 +88,7 @@ def run_here(name, folder, monkeypatch, capfd):
     return out
 
 
+@pytest.mark.slow
 def test_an_example_runs_as_a_command(tmp_path):
     assert "T = 50" in run("examples.quasi_static", tmp_path, "--small")
 

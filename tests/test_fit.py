@@ -263,6 +263,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted():
     assert caught.value.result is None or caught.value.result.num_skipped <= 1
 
 
+@pytest.mark.slow
 def test_batches_in_parts_have_the_gradient_of_their_mean():
     """Loss and gradient are the means over the parts, each with a key of its own."""
     diffusion = small()

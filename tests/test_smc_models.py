@@ -253,6 +253,7 @@ def test_a_latent_that_says_which_bit_is_seen():
     assert smc.twist_rules == {"y": "averaged over all words"}
 
 
+@pytest.mark.slow
 def test_a_fixed_latent_stops_no_moves():
     """A Delta is no latent: it has nowhere to go, and moves of all at once would all be refused."""
 
@@ -311,6 +312,7 @@ def test_what_a_model_refers_to_may_change():
 
 
 @pytest.mark.parametrize("how", ["scale", "jit"])
+@pytest.mark.slow
 def test_what_is_deep_within_a_model_may_change(how):
     """The scale of a site, and what a function within the model has been compiled with."""
     seen = {"number": jnp.array([1.0])}
@@ -363,6 +365,7 @@ def test_new_data_beside_what_a_program_has_to_know():
     assert jax.tree.structure(other) != jax.tree.structure(factors[0])
 
 
+@pytest.mark.slow
 def test_floats_that_a_model_has_to_know():
     def model(y, which):
         x = numpyro.sample("x", SCALAR)

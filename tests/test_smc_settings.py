@@ -45,6 +45,7 @@ def rbg():
     jax.config.update("jax_default_prng_impl", before)
 
 
+@pytest.mark.slow
 def test_another_generator_of_random_numbers(rbg):
     smc = run(model, Y, key=rbg)
     assert abs(smc.log_evidence - TRUTH) < 1e-3

@@ -75,6 +75,7 @@ def test_it_is_the_bound_of_these_rows(last_step, num_times):
     np.testing.assert_allclose(judged.per_step, expected, atol=5 * float(error.max()) + 0.02)
 
 
+@pytest.mark.slow
 def test_data_of_ones_own_judge_in_their_place():
     own = X[:25] + 0.1
     result = fit(validation_data=own)

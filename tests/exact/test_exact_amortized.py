@@ -75,12 +75,14 @@ def assert_right(smc, y=Y):
     return size / draws.shape[0]
 
 
+@pytest.mark.slow
 def test_a_good_amortisation(good):
     smc = ran(good)
     assert smc.verdict == "believable" and smc.log_evidence_error < 0.02
     assert assert_right(smc) > 0.5
 
 
+@pytest.mark.slow
 def test_a_bad_amortisation_costs_variance_only(good, bad):
     smc = ran(bad, num_particles=4000)
     share = assert_right(smc)
@@ -106,6 +108,7 @@ def test_an_amortisation_of_another_model():
     assert few.verdict != "believable"
 
 
+@pytest.mark.slow
 def test_plain_importance_by_paths_is_unbiased(bad):
     """Without draws of the prior: the mean weight of many chains is Z."""
     smc = ran(bad, num_particles=4000, num_chains=16, prior_share=0.0)
@@ -113,11 +116,13 @@ def test_plain_importance_by_paths_is_unbiased(bad):
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 4
 
 
+@pytest.mark.slow
 def test_other_data_without_training(good):
     for y in (np.array([0.0, 0.0, 0.0]), np.array([-2.0, 3.0, 1.0])):
         assert_right(ran(good, y), y)
 
 
+@pytest.mark.slow
 def test_uncorrected_draws(good):
     mean, covariance, _ = exact()
     draws = good.sample(KEY, 4000, y=Y)["x"]

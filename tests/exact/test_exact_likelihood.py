@@ -153,7 +153,10 @@ def trained():
     return fit.params
 
 
-@pytest.mark.parametrize("last_step, num_timesteps", [("kernel", 6), ("network", 6), ("kernel", 4)])
+@pytest.mark.parametrize(
+    "last_step, num_timesteps",
+    [pytest.param("kernel", 6, marks=pytest.mark.slow), ("network", 6), ("kernel", 4)],
+)
 def test_a_trained_model_of_words(last_step, num_timesteps):
     """The mean over repetitions of exp(value) is p(x), and K the enumerated one: |z| < 4.5 for every word, the squares
     together at 1e-5; the four most probable words with errors of 1 % and at |z| < 3 (a rate of 1 %, on fixed keys).
