@@ -97,9 +97,11 @@ class Moment(Twist):
     r"""r averaged over x_0 given :math:`x_t`: a normal distribution with Tweedie's mean and covariance.
 
     Sites ``Normal`` and ``MultivariateNormal`` are linearised at :math:`E[x_0 \mid x_t]`, which is exact where they are
-    affine in x. Other sites that have a mean and a variance are taken for normal ones with these. ``numpyro.factor``
-    and the rest are averaged over draws, with the covariance's diagonal. States of finitely many values: exactly, where
-    each observed number depends on one entry at most, or where states are few; else over draws.
+    affine in x. Single numbers of other densities, and normal ones around what is not linear, are averaged by
+    quadrature along the line that each depends on, up to 16 of them; above, those with a mean and a variance are taken
+    for normal ones with these. ``numpyro.factor`` and the rest are averaged over draws, with the covariance's diagonal.
+    States of finitely many values: exactly, where each observed number depends on one entry at most, or where states
+    are few; else over draws.
 
     :param most_rows: up to so many observed numbers per x, a vector-Jacobian product for each of them gives their whole
         covariance. Above, they are told by as many numbers as x has, if these are no more than that; else means come

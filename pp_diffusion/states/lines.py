@@ -102,6 +102,8 @@ def along_lines(outlook: Outlook, read: Callable[[Array], Numbers], power: Array
     E = jnp.clip(tilted.variance / jnp.maximum(1 - tilted.variance, 1 / _MOST_NOISE), _LEAST_NOISE, _MOST_NOISE)
     e = tilted.mean * (1 + E)
     log_rest = tilted.log_z + 0.5 * (e**2 / (1 + E) + jnp.log(1 + E)) + _HALF_LOG_2_PI
+    # where all of a line is impossible, its neighbours need not be: no twist is better than that one
+    log_rest = jnp.where(tilted.log_z > _IMPOSSIBLE / 2, log_rest, -jnp.inf)
     return Lines(h, outlook.m, e, E, log_rest.sum(-1))
 
 
