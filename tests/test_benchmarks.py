@@ -456,7 +456,7 @@ def test_c2st_of_like_and_unlike_draws():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", simulation.PUBLISHED)
+@pytest.mark.parametrize("name", ["two_moons", "slcp"])
 def test_a_row_of_posteriors_by_simulation(name, sbi_folder, monkeypatch, capsys):
     """The command in its small form."""
     folder = str(sbi_folder[0])
