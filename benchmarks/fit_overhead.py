@@ -35,7 +35,6 @@ def rows(small: bool) -> list[Row]:
 
     def ours() -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            settings = {"checkpoint_dir": folder, "checkpoint_every": CHECKPOINT_SECONDS, "max_patience": 1000}
             return ppd.fit(
                 jax.random.key(1),
                 program,
@@ -44,7 +43,9 @@ def rows(small: bool) -> list[Row]:
                 batch_size=BATCH,
                 optimizer=optimizer,
                 progress_bar=True,
-                **settings,
+                checkpoint_dir=folder,
+                checkpoint_every=CHECKPOINT_SECONDS,
+                max_patience=1000,
             ).state
 
     return [

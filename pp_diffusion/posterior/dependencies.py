@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pp_diffusion.compiling import jit_once
 from pp_diffusion.posterior.messages import Message
 from pp_diffusion.posterior.program import SEED, Latents, Program, Traced
 from pp_diffusion.posterior.reader import Measured, Reader
@@ -156,7 +157,7 @@ def curved_sites(reader: Reader, space: StateSpace, messages: dict[str, Message]
     return frozenset(site.name for site in normal if found[site.name])
 
 
-@jax.jit
+@jit_once
 def _bends(reader: Reader, space: StateSpace, keys: Array, even: Latents) -> dict[str, Array]:
     """Whether what is observed with normal noise is elsewhere than half-way, between two states, of their own."""
     systems = reader.systems

@@ -189,6 +189,4 @@ class LatentSampler:
 
 def plain_estimate(log_likelihoods: Array) -> Plain:
     """Of draws of the prior, shape ``(N, 1)``."""
-    size = np.asarray(ess(log_likelihoods), np.float64)
-    error = np.sqrt(np.maximum(1 / np.maximum(size, 1e-12) - 1 / len(log_likelihoods), 0.0))
-    return Plain(np.asarray(log_mean(log_likelihoods), np.float64), error, size)
+    return Plain.by_weights(log_mean(log_likelihoods), ess(log_likelihoods), len(log_likelihoods))

@@ -117,7 +117,7 @@ class Factors(Frozen):
 
     @property
     def num_rows(self) -> int:
-        """How many numbers of a system are observed exactly, or as normal ones."""
+        """How many numbers of a system are observed exactly, or as normal ones, which those along lines become."""
         sites = [site for site in self.observed if site.kind.is_normal_form and not self.reader.is_along_line(site)]
         return self.num_known + self.num_numbers + sum(site.size for site in sites)
 

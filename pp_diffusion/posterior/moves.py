@@ -73,13 +73,10 @@ def move(
     has_discrete = len(continuous) < len(latents)
     walk = None
     if continuous:  # not where nothing moves
-        shapes = jax.eval_shape(RandomWalk.over, continuous)
-        still = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        walk = jax.lax.cond(jnp.asarray(num_moves) > 0, RandomWalk.over, lambda _: still(), continuous)
+        still = partial(zeros_of, RandomWalk.over)
+        walk = jax.lax.cond(jnp.asarray(num_moves) > 0, RandomWalk.over, still, continuous)
     num_moves = num_moves * (2 if walk and has_discrete else 1)
-    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(target, latents))._replace(
-        latents=latents
-    )
+    start = zeros_of(target, latents)._replace(latents=latents)
     batch = start.log_density.shape
 
     def by_walk(key: Array, latents: Latents) -> tuple[Latents, Array]:
@@ -118,6 +115,11 @@ def move(
 
     end, accepted = jax.lax.fori_loop(0, num_moves + 1, one, (start, jnp.zeros(batch[1:])))
     return end, accepted / jnp.maximum(num_moves, 1)
+
+
+def zeros_of(function: Callable[..., Any], *args: Any) -> Any:
+    """Zeros of the shapes of what a function returns, which is not computed."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *args))
 
 
 def _flatten(latents: Latents) -> Array:

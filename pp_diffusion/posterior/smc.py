@@ -22,7 +22,7 @@ from pp_diffusion.checks import typed_key
 from pp_diffusion.frozen import Frozen
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Exact, Factors, Latents
-from pp_diffusion.posterior.moves import Position, move
+from pp_diffusion.posterior.moves import Position, move, zeros_of
 from pp_diffusion.posterior.particles import ess, gather, log_mean, systematic
 from pp_diffusion.posterior.prediction import predict, predict_last, predict_start
 from pp_diffusion.posterior.twists import Twist
@@ -294,15 +294,11 @@ def _moved(
     def is_left(now: Round) -> Array:
         return (now.number == 0) | ((now.number == 1) & now.weighed.needed.any())
 
-    found = _nothing_like(lambda: found_at(state.x)(state.latents).carried)
-    weighed = _nothing_like(lambda: _weigh(sampler, state, found))
+    found = zeros_of(lambda: found_at(state.x)(state.latents).carried)
+    weighed = zeros_of(lambda: _weigh(sampler, state, found))
     weighed = weighed._replace(least=jnp.full_like(weighed.least, jnp.nan))  # not known in the first round
     start = jnp.zeros((), int), state.x, state.latents, state.lineage, found, weighed, jnp.zeros_like(weighed.ess)
     return jax.lax.while_loop(is_left, one, Round(*start))
-
-
-def _nothing_like(function: Callable[[], Any]) -> Any:
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function))
 
 
 def _found_at(

@@ -39,9 +39,7 @@ class Survey(NamedTuple):
 
     def plain(self, num_draws: int) -> Plain:
         """The evidence with its error."""
-        size = np.asarray(self.ess, np.float64)
-        error = np.sqrt(np.maximum(1 / np.maximum(size, 1e-12) - 1 / num_draws, 0.0))
-        return Plain(np.asarray(self.log_evidence, np.float64), error, size)
+        return Plain.by_weights(self.log_evidence, self.ess, num_draws)
 
 
 @partial(jit_once, static_argnames=("num_draws",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,13 @@ class Plain(NamedTuple):
     log_evidence: np.ndarray
     error: np.ndarray
     ess: np.ndarray
+
+    @classmethod
+    def by_weights(cls, log_evidence: Any, ess: Any, num_draws: int) -> Plain:
+        """With the error that this effective sample size of so many draws comes to."""
+        size = np.asarray(ess, np.float64)
+        error = np.sqrt(np.maximum(1 / np.maximum(size, 1e-12) - 1 / num_draws, 0.0))
+        return cls(np.asarray(log_evidence, np.float64), error, size)
 
 
 class Findings(NamedTuple):
