@@ -1,5 +1,6 @@
 """Checkpoints: resumed runs equal whole ones bit for bit, and what is damaged, foreign or cannot be written."""
 
+import json
 import os
 import resource
 import shutil
@@ -198,6 +199,20 @@ def test_what_is_damaged_is_told_and_the_last_good_one_used(tmp_path, two, how):
             assert checkpoints.save(checkpoint(25))  # it goes on from there
             check(Checkpoints(folder, 60.0, IDENTITY).restore(), 25)
     assert 20 in used
+
+
+def test_damage_in_orbax_own_notes_hides_no_other(tmp_path, two):
+    """A digit of a time that becomes an ``e`` makes a float of it; neither reading nor the next writing minds."""
+    shutil.copytree(two, tmp_path / "run")
+    for step in ("20", "30"):
+        notes = tmp_path / "run" / step / "_CHECKPOINT_METADATA"
+        found = json.loads(notes.read_text())
+        notes.write_text(json.dumps({name: 1.5 if "timestamp" in name else value for name, value in found.items()}))
+    checkpoints = Checkpoints(tmp_path / "run", 60.0, IDENTITY)
+    check(checkpoints.restore(), 30)
+    assert checkpoints.save(checkpoint(40))
+    assert sorted(os.listdir(tmp_path / "run")) == ["30", "40"]
+    check(checkpoints.restore(), 40)
 
 
 def test_where_none_is_good_it_says_so(tmp_path, two):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
@@ -78,8 +79,11 @@ class Checkpoints:
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(full), header=ocp.args.JsonSave(header))
         self.last = time.monotonic()
         try:
-            with self._manager() as manager:
-                manager.save(checkpoint.step, args=items, force=True)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(self.folder / str(checkpoint.step), args=items, force=True)
+            if jax.process_index() == 0:
+                for path in self._steps()[:-KEPT]:
+                    shutil.rmtree(path)
         except Exception as error:  # the file system's and tensorstore's complaints
             warnings.warn(
                 f"no checkpoint could be written at update {checkpoint.step} in {self.folder}: "
@@ -96,7 +100,7 @@ class Checkpoints:
         """
         damaged: dict[Path, str] = {}
         found = None
-        for path in sorted(self._steps(), key=lambda path: -int(path.name)):
+        for path in reversed(self._steps()):
             try:
                 found = self._read(path)
                 break
@@ -126,8 +130,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), header=ocp.args.JsonRestore())
-        with self._manager() as manager:
-            read = manager.restore(int(path.name), args=items)
+        with _checkpointer() as checkpointer:
+            read = checkpointer.restore(path, args=items)
         header, full = read["header"], read["arrays"]
         if header.get("format") != FORMAT:
             raise ValueError("it is of another program")
@@ -151,17 +155,12 @@ class Checkpoints:
                 )
         return Checkpoint(int(path.name), arrays, header["notes"])
 
-    def _manager(self) -> Any:
-        import orbax.checkpoint as ocp
-
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True, enable_async_checkpointing=False)
-        return ocp.CheckpointManager(self.folder, options=options)
-
     def _entries(self) -> list[Path]:
         return sorted(self.folder.iterdir()) if self.folder.exists() else []
 
     def _steps(self) -> list[Path]:
-        return [path for path in self._entries() if path.name.isdigit()]
+        """From the oldest to the newest."""
+        return sorted((path for path in self._entries() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 class _OtherRunError(ValueError):
@@ -185,6 +184,13 @@ def terminations(wanted: bool = True) -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
         if came:
             signal.raise_signal(signal.SIGTERM)
+
+
+def _checkpointer() -> Any:
+    """Of one folder each: orbax's manager reads all of them first, and one that is damaged would hide the others."""
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _is_ours(path: Path) -> bool:
