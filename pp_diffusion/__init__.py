@@ -1,8 +1,29 @@
-"""Diffusion probabilistic models as NumPyro programs."""
+"""Diffusion probabilistic models as NumPyro programs: learn a density, judge it, use it as a prior.
+
+From data to a posterior:
+
+    diffusion = ppd.Diffusion(kernel, schedule, network, transform=ppd.standardize(x))
+    fit = ppd.fit(rng_key, diffusion, x)                      # by NumPyro's SVI, on the bound K
+    prior = fit.prior                                         # a numpyro.distributions.Distribution
+    ppd.lower_bound(rng_key, prior, x).print_summary()        # K per datum, in nats and bits
+    ppd.estimate_log_prob(rng_key, prior, x, 256).print_summary()  # log p, its error, and whether to believe it
+    smc = ppd.SMC(model, num_particles=1024)                  # of a model with numpyro.sample("x", prior)
+    smc.run(rng_key, y); smc.get_samples(); smc.log_evidence
+
+Parts: ``GaussianKernel`` (numbers) and ``BinomialKernel`` (bits); ``FixedSchedule`` and ``LearnedSchedule``;
+``networks`` (MLP, UNet, ...), or any callable; ``standardize``, ``whiten``, ``transform_to``.
+Judging: ``lower_bound``, ``estimate_log_prob``, ``entropy_bounds``, ``reverse_entropy``; ``plotting``; ``units``.
+For NUTS and SVI: ``diffusion.flow(params)``, a density; ``FlowReparam``, ``TrajectoryReparam``; ``solvers``.
+Posteriors and evidences: ``SMC``, ``TemperedSMC``, ``amortize``, ``compare_evidence``, ``perturb``.
+Files: ``save``, ``load``, ``load_fit``. Example data: ``datasets``. ``python -m pp_diffusion`` prints versions.
+"""
+
+from types import ModuleType as _ModuleType
 
 from pp_diffusion import datasets as datasets
 from pp_diffusion import networks as networks
 from pp_diffusion import plotting as plotting
+from pp_diffusion import solvers as solvers
 from pp_diffusion import units as units
 from pp_diffusion.bounds import Bound as Bound
 from pp_diffusion.bounds import LowerBound as LowerBound
@@ -58,3 +79,11 @@ from pp_diffusion.transforms import transform_to as transform_to
 from pp_diffusion.transforms import whiten as whiten
 from pp_diffusion.version import __version__ as __version__
 from pp_diffusion.weights import Importance as Importance
+
+_MODULES = ("datasets", "networks", "plotting", "solvers", "units")
+
+
+def __dir__() -> list[str]:
+    """The public names: other modules, imported on the way, are no part of them."""
+    names = (name for name, value in globals().items() if not isinstance(value, _ModuleType) or name in _MODULES)
+    return sorted(name for name in names if not name.startswith("_") or name == "__version__")

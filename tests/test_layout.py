@@ -26,7 +26,7 @@ ROOMS = (  # from the ground up: a room may use itself and those before it
     ("probability_flow", "flow"),
     ("recipe", "diffusion", "training", "saving"),
     ("posterior", "smc", "tempered", "twists"),
-    ("",),
+    ("", "__main__"),
 )
 
 
