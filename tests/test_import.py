@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -28,3 +29,20 @@ def test_import_is_light_and_changes_nothing():
     found = json.loads(done.stdout)
     assert found["unwanted"] == []
     assert found["changed"] == []
+
+
+def test_dir_shows_the_public_names_only():
+    """No module that was imported on the way, no private name; all of them can be had."""
+    import pp_diffusion as ppd
+
+    names = dir(ppd)
+    assert {"Diffusion", "fit", "SMC", "datasets", "networks", "plotting", "solvers", "units"} <= set(names)
+    assert not {"bounds", "posterior", "training", "states", "prior"} & set(names)
+    assert all(hasattr(ppd, name) for name in names)
+    assert not [name for name in names if name.startswith("_") and name != "__version__"]
+
+
+def test_the_report_names_versions_and_devices(capsys):
+    runpy.run_module("pp_diffusion", run_name="__main__")
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert facts["pp_diffusion"].startswith("0.") and facts["jax"][0].isdigit() and ":0" in facts["devices"]
