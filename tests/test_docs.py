@@ -31,7 +31,7 @@ PAGES = (
     "flow",
     "training",
     "conditional",
-)  # of plain blocks, for readers who know the rest
+)  # of plain blocks
 RUN_ELSEWHERE = {
     "tour": "tests/test_readme.py",
     "tutorials/coming_from": "two blocks of other packages, as their documentation has them",
