@@ -8,6 +8,7 @@ import os
 
 project = "pp_diffusion"
 author = "The pp_diffusion developers"
+copyright = "The pp_diffusion developers"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
