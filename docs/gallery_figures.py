@@ -1,72 +1,44 @@
-"""The figures of docs/gallery.md: each example, of a size that takes a minute or so, its figure made small.
+"""The figures of docs/gallery.md and README's, made small; they are part of the repository.
 
-``python docs/gallery_figures.py [NAME ...]`` from the checkout's root; the figures are part of the repository, so that
-the documentation's build does not wait for them. ``front`` is README's figure.
+``python docs/gallery_figures.py [NAME ...]`` from the checkout's root, after the documentation has been built: most
+figures are those of its pages, which do an example's task in a smaller form. ``front`` is README's.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "figures" / "gallery"
 WIDTH = 1000
 
 
-class Shown(NamedTuple):
-    """An example's settings here, and which of its figures is shown."""
-
-    figure: str
-    settings: dict[str, Any]
-
-
-EXAMPLES = {
-    "swiss_roll": Shown("swiss_roll_short_figure_1.png", {"rows": ["short"], "num_test": 1000}),
-    "heartbeat": Shown("heartbeat_small_samples.png", {"rows": ["small"], "num_steps": 1500, "num_test": 500}),
-    "digits": Shown("digits_samples.png", {"num_steps": 1000, "num_test": 60}),
-    "quasi_static": Shown("quasi_static.png", {"lengths": (10, 30, 100, 300), "num_data": 200}),
-    "composition_bias": Shown(
-        "composition_bias.png", {"num_timesteps": 200, "num_particles": 1000, "num_draws": 10_000}
-    ),
-    "likelihood": Shown(
-        "likelihood_roll-40_entropies.png",
-        {"rows": ["roll-40"], "num_steps": 3000, "most_data": 200, "num_trajectories": 256},
-    ),
-    "posterior_swiss_roll": Shown(
-        "posterior_swiss_roll.png", {"lengths": (40,), "num_steps": (4000,), "num_draws": 50_000, "num_nuts": 20}
-    ),
-    "posterior_heartbeat": Shown(
-        "posterior_heartbeat.png", {"num_steps": 1500, "num_timesteps": 100, "num_sequences": 12}
-    ),
-    "posterior_digits": Shown(
-        "posterior_digits_half.png",
-        {"num_steps": 1000, "num_timesteps": 40, "num_images": 6, "num_test": 20, "num_particles": 48},
-    ),
-    "spatial_prior": Shown(
-        "spatial_prior.png", {"num_steps": 2000, "num_data_sets": 6, "num_particles": 128, "num_samples": 150}
-    ),
-    "missing_values": Shown(
-        "missing_values.png", {"num_steps": 1500, "num_rows": 12, "num_particles": 32, "num_draws": 10}
-    ),
-    "simulation": Shown("simulation.png", {"num_steps": 2500, "num_draws": 1000, "num_particles": 1000}),
-    "regression": Shown("regression.png", {"num_steps": 1500, "num_splits": 1, "num_draws": 400}),
-    "digits_given_label": Shown("digits_given_label.png", {"num_steps": 1200, "num_draws": 10, "num_test": 20}),
-    "schedules": Shown(
-        "schedules.png",
-        {
-            "num_steps": 1000,
-            "long_steps": 1000,
-            "num_seeds": 1,
-            "num_test": 300,
-            "ends": (-2.0, 0.0),
-            "num_long": 0,
-            "grid": 60,
-        },
+#: Which figure of which built page stands for an example in the gallery, counted from 0.
+PAGES = {
+    "swiss_roll": ("tutorials/programs", 0),
+    "heartbeat": ("tutorials/binary", 0),
+    "digits": ("tutorials/images", 0),
+    "posterior_digits": ("tutorials/images", 1),
+    "regression": ("tutorials/conditional", 0),
+    "missing_values": ("tutorials/missing", 0),
+    "likelihood": ("tutorials/table", 1),
+    "quasi_static": ("guides/likelihood", 0),
+    "schedules": ("guides/symbols", 0),
+    "composition_bias": ("guides/posteriors", 0),
+    "posterior_swiss_roll": ("numpyro_gallery", 0),
+    "simulation": ("tutorials/coming_from", 0),
+}
+#: Examples that no page does in small: run here, with a figure of theirs and these settings.
+EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits_given_label": ("digits_given_label.png", {"num_steps": 1200, "num_draws": 10, "num_test": 20}),
+    "spatial_prior": (
+        "spatial_prior.png",
+        {"num_steps": 2000, "num_data_sets": 6, "num_particles": 128, "num_samples": 150},
     ),
 }
 
@@ -83,12 +55,20 @@ def shrink(source: Path, target: Path) -> None:
     print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1024:.0f} KiB")
 
 
+def page(name: str, built: Path) -> None:
+    """Takes a figure out of a page of the built documentation."""
+    source, number = PAGES[name]
+    text = (built / f"{source}.html").read_text()
+    images = re.findall(r'<img[^>]*src="([^"]*_images/[0-9a-f]{32,}\.png)"', text)  # those of a notebook's outputs
+    shrink((built / source).parent / images[number], FOLDER / f"{name}.png")
+
+
 def example(name: str) -> None:
     """Runs one, and keeps its figure."""
-    shown = EXAMPLES[name]
+    figure, settings = EXAMPLES[name]
     with tempfile.TemporaryDirectory() as folder:
-        importlib.import_module(f"examples.{name}").run(**shown.settings, figures=Path(folder), progress=False)
-        shrink(Path(folder) / shown.figure, FOLDER / f"{name}.png")
+        importlib.import_module(f"examples.{name}").run(**settings, figures=Path(folder), progress=False)
+        shrink(Path(folder) / figure, FOLDER / f"{name}.png")
 
 
 def front() -> None:
@@ -147,6 +127,8 @@ def front() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    others: dict[str, Callable[[], None]] = {"front": front}
-    for chosen in sys.argv[1:] or [*others, *EXAMPLES]:
-        others[chosen]() if chosen in others else example(chosen)
+    for chosen in sys.argv[1:] or ["front", *EXAMPLES, *PAGES]:
+        if chosen in PAGES:
+            page(chosen, ROOT / "docs" / "_build")
+        else:
+            front() if chosen == "front" else example(chosen)
