@@ -31,8 +31,7 @@ nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
-suppress_warnings = ["myst-nb.lexer"] if os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, where there are no widgets
-nb_execution_mode == "off" else []  # known only once it has run
+suppress_warnings = ["myst-nb.lexer"] if nb_execution_mode == "off" else []  # known only once it has run
 
 autosummary_generate = False  # tables that link to the entries below them on the same page
 autodoc_member_order = "bysource"
