@@ -46,10 +46,10 @@ SMALL = {
         "table)  # 200": "table, num_steps=20)  # 200",
         "num_steps=1_000_000": "num_steps=20",
         "num_steps=500, total_steps=4_000": "num_steps=5, total_steps=20",
-        "batch_size=4096": "batch_size=16",
+        "batch_size=4096": "batch_size=16, num_steps=10",
         "num_steps=200_000, batch_size=32_768": "num_steps=10, batch_size=16",
         "jax.distributed.initialize()\n": "",
-        "/shared/": "",
+        "/shared/": "shared-",
         'f"rows-{jax.process_index()}-of-{jax.process_count()}.npy", mmap_mode': '"rows.npy", mmap_mode',
     },
     "conditional": {
@@ -72,7 +72,7 @@ def given(folder):
     fit = ppd.fit(jax.random.key(1), diffusion, x, num_steps=5, progress_bar=False)
     numpy.save(folder / "rows.npy", x)
     keys = {name: jax.random.key(i) for i, name in enumerate(("rng_key", "another_key", "key"))}
-    few = {"x": x[:5], "data": x, "table": x, "y": jnp.ones((1,)), "A": jnp.array([[1.0, -0.5]]), "d": 2}
+    few = {"x": x, "data": x, "table": x, "y": jnp.ones((1,)), "A": jnp.array([[1.0, -0.5]]), "d": 2}
     estimates = {
         name: ppd.estimate_log_prob(jax.random.key(2), fit.prior, x[:5], num, progress_bar=False)
         for name, num in (("short", 30), ("long", 40))
