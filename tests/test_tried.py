@@ -186,7 +186,7 @@ def test_posteriors(name):
     def model():
         density(numpyro.sample("x", SCALAR))
 
-    smc = run(model, num_particles=500, num_chains=16)
+    smc = run(model, num_particles=200, num_chains=16)
     latents, log_prob = draws(np.random.default_rng(0), 1_000_000)
     weights = np.exp(log_prob - log_prob.max())
     log_z, shares = np.log(weights.mean()) + log_prob.max(), weights / weights.sum()
