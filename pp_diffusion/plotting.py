@@ -1,7 +1,11 @@
-"""Figures: samples, the paper's figure 1, losses, entropies, likelihoods; each drawn with matplotlib and returned."""
+"""Figures: samples, the paper's figure 1, losses, entropies, likelihoods; each drawn with matplotlib and returned.
+
+A notebook shows what is returned, whether pyplot has been imported or not."""
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -249,7 +253,14 @@ def _subplots(rows: int, columns: int, size: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained", dpi=120)
+    vars(figure)["_repr_png_"] = partial(_png, figure)  # what a notebook shows, with or without pyplot
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _tile(images: np.ndarray, num_columns: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Figures are made, in the right panels, from the right data."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,13 @@ def test_points_images_and_sequences():
     assert ppd.plotting.samples(jnp.ones((7, 20), int)).axes[0].images[0].get_array().shape == (7, 20)
     with pytest.raises(ValueError, match="x must have shape"):
         ppd.plotting.samples(jnp.ones(3))
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    """By the method that IPython looks for; a figure is still one that can be pickled."""
+    figure = ppd.plotting.samples(jnp.ones((7, 20), int))
+    for shown in (figure, pickle.loads(pickle.dumps(figure))):
+        assert getattr(shown, "_repr_png_")().startswith(b"\x89PNG")  # noqa: B009
 
 
 @pytest.mark.parametrize("shape", [(30, 4, 6), (30, 4, 6, 3)])
