@@ -42,6 +42,7 @@ def test_the_readme_leads_from_data_to_a_posterior(tmp_path, monkeypatch, capsys
     assert "K - L_null" in out and "log evidence" in out
 
 
+@pytest.mark.slow
 def test_the_tours_scripts_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {
