@@ -16,7 +16,6 @@ FIGURES = {
     "front": ("numpyro_gallery", 0),
     "gallery/swiss_roll": ("tutorials/programs", 0),
     "gallery/heartbeat": ("tutorials/binary", 0),
-    "gallery/digits": ("tutorials/images", 0),
     "gallery/posterior_digits": ("tutorials/images", 1),
     "gallery/regression": ("tutorials/conditional", 0),
     "gallery/missing_values": ("tutorials/missing", 0),
@@ -24,7 +23,6 @@ FIGURES = {
     "gallery/quasi_static": ("guides/likelihood", 0),
     "gallery/schedules": ("guides/symbols", 0),
     "gallery/composition_bias": ("guides/posteriors", 0),
-    "gallery/posterior_swiss_roll": ("numpyro_gallery", 0),
     "gallery/simulation": ("tutorials/coming_from", 0),
 }
 

@@ -25,7 +25,8 @@ class Embedded(nn.Module):
 
     :param network: the stock network, or a linen module that names ``log_snr`` and ``context`` as they do.
     :param embedding: a linen module, from contexts ``(*batch, *event)`` to numbers ``(*batch, k)``.
-    :param num_timesteps, outputs: set by :class:`~pp_diffusion.Diffusion`.
+    :param num_timesteps: T, set by :class:`~pp_diffusion.Diffusion`.
+    :param outputs: a link per output, set by it too.
     """
 
     network: nn.Module
