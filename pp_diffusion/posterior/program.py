@@ -74,6 +74,19 @@ class Program(Frozen):
             arrays=tuple(jnp.asarray(leaf) if isinstance(leaf, float) else leaf for leaf in arrays),
         )
 
+    def with_first(self, argument: Any) -> Program:
+        """With another first argument, of the same structure.
+
+        :raises ValueError: if the model needs the values of its arrays while it is traced.
+        """
+        leaves = jax.tree.leaves(argument)
+        if any(constant is not None for constant in self.static[: len(leaves)]):
+            raise ValueError(
+                "the model needs the values of its latents while it is traced, for a shape, a condition or an index: "
+                "write it in jax.numpy, with jnp.where or jax.lax.cond"
+            )
+        return self.replace(arrays=(*leaves, *self.arrays[len(leaves) :]))
+
     def trace(self, x: Array | None, latents: Latents, rng_key: Array) -> Trace:
         """The sites with x (of the site's shape, data units; ``None`` for the origin) and latents (as
         :func:`unconstrained`) put in; others are drawn."""
