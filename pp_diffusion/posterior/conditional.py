@@ -42,12 +42,12 @@ class Step(NamedTuple):
     """What is remembered of a step.
 
     :ivar x: the particles at its start.
-    :ivar index: which of them each particle at its end comes from.
+    :ivar come_from: which of them each particle at its end comes from.
     :ivar ess: effective sample size of their weights, shape ``(1, S)``.
     """
 
     x: Array
-    index: Array
+    come_from: Array
     ess: Array
 
 
@@ -131,7 +131,7 @@ def _traced_back(chosen: Array, x_0: Array, steps: Step) -> Array:
     """
 
     def back(at: Array, step: Step) -> tuple[Array, Array]:
-        at = _taken(step.index, at)
+        at = _taken(step.come_from, at)
         return at, _taken(step.x, at)
 
     _, path = jax.lax.scan(back, chosen, steps, reverse=True)

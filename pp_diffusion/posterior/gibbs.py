@@ -1,7 +1,7 @@
 """Gibbs sweeps over x and the other latents of a model, as pure functions of one chain: :func:`begin`, :func:`advance`.
 
-A sweep draws each system's trajectory by :func:`~pp_diffusion.posterior.conditional.sweep`, given the other latents, and
-then these by a step of NumPyro's NUTS, given x. Rows that share latents are independent systems given these.
+A sweep draws each system's trajectory by :func:`~pp_diffusion.posterior.conditional.sweep`, given the other latents,
+and then these by a step of NumPyro's NUTS, given x. Rows that share latents are independent systems given these.
 """
 
 from __future__ import annotations

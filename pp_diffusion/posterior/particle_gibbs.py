@@ -58,8 +58,8 @@ class ParticleGibbs:
     particles are of all rows at once. It is exact at any number of particles, in the sense of a Markov chain: look at
     R-hat and at the effective sample size, of several chains.
 
-    The other latents are continuous ones, of any distribution, and may depend on x (a measurement of it, say); x's prior
-    depends on none. No density of the prior is computed. There is no evidence.
+    The other latents are continuous ones, of any distribution, and may depend on x (a measurement of it, say); x's
+    prior depends on none. No density of the prior is computed. There is no evidence.
 
     Cost: ``num_particles * T`` network calls for each row in each sweep of each chain, with the moment twist a
     vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of all rows.
