@@ -133,15 +133,20 @@ def test_what_it_does_not_serve():
 
 def test_what_a_model_tells_of_its_cost():
     y = jnp.linspace(-1.0, 1.0, 12)
-    assert Cost.of(read_model(shared, (y,), {}), 1000, 4) == Cost(12, 12, ("b",), 1000, 1000 * 4 * 12 * 3)
-    assert Cost.of(read_model(apart, (y,), {}), 10, 4) == Cost(1, 1, ("b",), 10, 10 * 4 * 12 * 3)
+    found = Cost.of(read_model(shared, (y,), {}), 1000, 4)
+    assert found == Cost(12, 12, ("b",), 1, 1000, 1000 * 4 * 12 * 3 * (1 + 12))
+    assert not found.complaint
+    found = Cost.of(read_model(apart, (y,), {}), 10, 4)
+    assert found == Cost(1, 1, ("b",), 1, 10, 10 * 4 * 12 * 3 * (1 + 1))
+    assert not found.complaint
 
 
 def test_only_rows_that_share_latents_are_warned_of():
-    cost = Cost(12, 24, ("b",), 1000, 10**6)
-    with pytest.warns(ppd.CostWarning, match="12 rows of x share the latents 'b'.*ParticleGibbs.*FlowReparam"):
-        cost.warn()
+    cost = Cost(12, 24, ("b",), 2, 100, 10**6)
+    for bad, why in ((cost, "480 particles"), (cost._replace(num_particles=500, network_calls=10**9), "1e.09 network")):
+        with pytest.warns(ppd.CostWarning, match=f"12 rows of x share the latents 'b'.*{why}.*ParticleGibbs.*FlowRep"):
+            bad.warn()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for fine in (cost._replace(shared=()), cost._replace(rows=1), cost._replace(num_particles=10_000)):
+        for fine in (cost._replace(shared=()), cost._replace(rows=4), cost._replace(num_particles=480)):
             fine.warn()

@@ -54,7 +54,7 @@ def sound(**changes):
     [
         ({"ranks": {"x": np.arange(80).reshape(40, 2) % 12}}, "to one side"),
         ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "too wide"),
-        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 2 * 19}}, "too narrow"),
+        ({"ranks": {"x": np.arange(80).reshape(2, 40).T % 2 * 19}}, "too narrow"),
         ({"pareto_k": np.full(40, 0.8)}, "Pareto k of 0.80"),
         ({"spread": np.full(40, 0.6)}, "between chains"),
         ({"verdicts": ("collapsed",) * 5 + ("believable",) * 35}, "on 5 of 40 simulated"),
@@ -69,7 +69,8 @@ def test_flags(changes, word):
     assert word in flag
 
 
-def test_a_right_model_and_a_prior_in_conflict(capsys):
+@pytest.mark.slow
+def test_a_right_model_and_a_prior_in_conflict():
     fine = ppd.trust(KEY, model, arguments(1), **SETTINGS)
     assert fine.ok, fine.summary()
     assert fine.ranks["x"].shape == (40, 2) and 0.75 < fine.coverage["x"] <= 1.0

@@ -40,9 +40,9 @@ class SMC:
     plate; a site outside couples them, and x is then one joint state. Binary data: r is called on bits only.
 
     Cost: ``num_particles * num_chains * T`` network calls, with the moment twist a vector-Jacobian product for each
-    observed number, and once more where other latents are moved. Memory is that of one step, whatever T. Where more
-    than log₂(``num_particles``) rows, and 5 at least, share latents, a :class:`~pp_diffusion.CostWarning` says before
-    the run that particles of all of them at once will not do, and what will.
+    observed number, and once more where other latents are moved. Memory is that of one step, whatever T. Where 5
+    rows or more share latents, and there are fewer than 20 particles for each row and shared number, or more than 1e8
+    network calls to make, a :class:`~pp_diffusion.CostWarning` says so before the run, and what to take instead.
 
     :param model: a NumPyro model.
     :param num_particles: particles of each system.

@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 from pp_diffusion.posterior.factors import Factors
 from pp_diffusion.posterior.messages import in_words
+from pp_diffusion.states.continuous import MOST_ROWS
 
-#: A particle of R rows is worth about as much as one of 2^R is for one row: more rows than the binary logarithm of the
-#: particles' number are too many.
+#: Fewer rows that share latents are no matter.
 LEAST_ROWS = 5
+#: Particles for each row and each number that rows share, below which they are too few.
+LEAST_PARTICLES = 20
+#: Network calls of a single row above which a run takes minutes on a CPU.
+MOST_CALLS = 1e8
 
 
 class CostWarning(UserWarning):
@@ -22,15 +26,18 @@ class Cost(NamedTuple):
     """Of a run, before it starts.
 
     :ivar rows: the x that make up one system: each particle is of all of them at once.
-    :ivar size: the numbers of one system's state.
-    :ivar shared: the names of the latents that couple them.
+    :ivar size: the numbers of one system's x.
+    :ivar shared: the names of the other latents.
+    :ivar num_shared: how many numbers these are.
     :ivar num_particles: of each system.
-    :ivar network_calls: of a single x, with all particles, chains, systems and steps.
+    :ivar network_calls: of a single row, with those for the gradients of what is observed: one for each number, up to
+        x's own size, through all rows.
     """
 
     rows: int
     size: int
     shared: tuple[str, ...]
+    num_shared: int
     num_particles: int
     network_calls: int
 
@@ -38,26 +45,32 @@ class Cost(NamedTuple):
     def of(cls, factors: Factors, num_particles: int, num_chains: int) -> Cost:
         """As the model that was read tells it."""
         systems = factors.reader.systems
-        rows = math.prod(systems.batch_shape[1:])
-        calls = num_particles * num_chains * systems.number * rows * factors.prior.num_timesteps
+        rows, size = math.prod(systems.batch_shape[1:]), systems.state_size
         shared = tuple(site.name for site in factors.latents)
-        return cls(rows, systems.state_size, shared, num_particles, calls)
+        numbers = {name: math.prod(shape) for name, shape, _ in factors.reader.shapes}
+        calls = num_particles * num_chains * systems.number * rows * factors.prior.num_timesteps
+        gradients = min(factors.num_rows, size, MOST_ROWS)
+        num_shared = sum(numbers[name] for name in shared) // systems.number
+        return cls(rows, size, shared, num_shared, num_particles, calls * (1 + gradients))
 
     @property
-    def is_too_much(self) -> bool:
-        """Whether rows that share latents are more than these particles can carry: at least 5, and more than
-        log₂(particles)."""
-        return bool(self.shared) and self.rows >= LEAST_ROWS and self.rows > math.log2(self.num_particles)
+    def complaint(self) -> str:
+        """What speaks against the run, in words; empty for nothing."""
+        if not self.shared or self.rows < LEAST_ROWS:
+            return ""
+        needed = LEAST_PARTICLES * self.rows * self.num_shared
+        if self.num_particles < needed:
+            return f"it takes {needed} particles or more, and there are {self.num_particles}"
+        return f"it takes {self.network_calls:.0e} network calls" if self.network_calls > MOST_CALLS else ""
 
     def warn(self) -> None:
         """Says so, and which samplers do."""
-        if self.is_too_much:
+        if self.complaint:
             warnings.warn(
-                f"{self.rows} rows of x share the latents {in_words(self.shared)}: a particle is of all of them at "
-                f"once, {self.size} numbers, and {self.num_particles} particles carry about "
-                f"{math.log2(self.num_particles):.0f} such rows. The run takes {self.network_calls:.1e} network calls "
-                "for a row. pp_diffusion.ParticleGibbs(model) draws row by row; so does NUTS, of the same network as a "
-                "flow, diffusion.flow(params), with pp_diffusion.FlowReparam",
+                f"{self.rows} rows of x share the latents {in_words(self.shared)}, so that SMC's particles are of all "
+                f"rows at once, {self.size} numbers: {self.complaint}. pp_diffusion.ParticleGibbs(model) draws row by "
+                "row; so does NUTS, of the same network as a flow, diffusion.flow(params), with "
+                "pp_diffusion.FlowReparam",
                 CostWarning,
                 stacklevel=3,
             )

@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.diagnostics import effective_sample_size
 from oracles import Z, z_score
 
 import pp_diffusion as ppd
@@ -94,3 +95,37 @@ def test_sweeps_leave_the_joint_distribution_as_it_is(twist, ess_threshold):
         return np.stack([np.asarray(f, np.float64).sum(-1) for f in (*found, x[:, :1] * x[:, 1:])], -1)
 
     assert np.abs(z_score(functions(after) - functions(path), 0.0)).max() < Z
+
+
+@pytest.mark.slow
+def test_errors_in_variables():
+    """x_i ~ N(0, 1) seen as x_i + N(0, 1/4), and y_i ~ N(a + x_i, .09): a and x are jointly normal, in closed form.
+
+    Means within Z standard errors by the effective sample size, standard deviations within 10 % of the truth.
+    """
+    rows, rng = 6, np.random.default_rng(3)
+    prior = ppd.Diffusion(
+        ppd.GaussianKernel(()), ppd.FixedSchedule.constant_erasure(6), lambda x_t, t: (0 * x_t, 0 * x_t)
+    ).prior({})
+    x = rng.normal(size=rows)
+    seen, y = x + 0.5 * rng.normal(size=rows), 1 + x + 0.3 * rng.normal(size=rows)
+
+    def errors_in_variables(seen, y):
+        a = numpyro.sample("a", dist.Normal(0.0, 2.0))
+        with numpyro.plate("rows", rows):
+            x = numpyro.sample("x", prior)
+            numpyro.sample("seen", dist.Normal(x, 0.5), obs=seen)
+            numpyro.sample("y", dist.Normal(a + x, 0.3), obs=y)
+
+    gibbs = ppd.ParticleGibbs(errors_in_variables, num_particles=4, num_samples=2000, progress_bar=False)
+    gibbs.run(jax.random.key(0), jnp.asarray(seen), jnp.asarray(y))
+    draws = gibbs.get_samples(group_by_chain=True)
+    found = np.concatenate([np.asarray(draws["a"], np.float64)[..., None], np.asarray(draws["x"])], -1)
+    design = np.concatenate([np.c_[np.zeros(rows), np.eye(rows)], np.c_[np.ones(rows), np.eye(rows)]])
+    weights = np.r_[np.full(rows, 4.0), np.full(rows, 1 / 0.09)]
+    covariance = np.linalg.inv(design.T @ (weights[:, None] * design) + np.diag(np.r_[0.25, np.ones(rows)]))
+    mean, sd = covariance @ design.T @ (weights * np.r_[seen, y]), np.sqrt(np.diag(covariance))
+    size = effective_sample_size(found)
+    assert size.min() > 300
+    assert np.abs((found.mean((0, 1)) - mean) / sd * np.sqrt(size)).max() < Z
+    np.testing.assert_allclose(found.std((0, 1)), sd, rtol=0.1)
