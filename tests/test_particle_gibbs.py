@@ -82,6 +82,7 @@ def gibbs():
     return gibbs
 
 
+@pytest.mark.slow
 def test_results(gibbs, capsys):
     draws = gibbs.get_samples(group_by_chain=True)
     assert {name: a.shape for name, a in draws.items()} == {"b": (2, 40), "x": (2, 40, 3)}
@@ -113,6 +114,10 @@ def test_what_it_does_not_serve():
         b = numpyro.sample("b", dist.Normal(0.0, 1.0))
         numpyro.sample("y", dist.Normal(numpyro.sample("x", network.prior({}, context=b[None])), 1.0), obs=y)
 
+    def moving(y):
+        x = numpyro.sample("x", PRIOR)
+        numpyro.sample("y", dist.Normal(numpyro.sample("b", dist.Uniform(x, x + 1)), 1.0), obs=y)
+
     def run(model):
         ppd.ParticleGibbs(model, num_particles=2, progress_bar=False).run(KEY, jnp.array(1.0))
 
@@ -122,6 +127,8 @@ def test_what_it_does_not_serve():
         run(alone)
     with pytest.raises(ValueError, match="its prior depends on the latent site 'b'"):
         run(entangled)
+    with pytest.raises(ValueError, match="latent site 'b': its support depends on 'x'"):
+        run(moving)
     with pytest.raises(ValueError, match="num_particles must be at least 2"):
         ppd.ParticleGibbs(shared, num_particles=1)
     with pytest.raises(RuntimeError, match="call run first"):

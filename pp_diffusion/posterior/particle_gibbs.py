@@ -26,7 +26,7 @@ from pp_diffusion.posterior.outcome import dataset
 from pp_diffusion.posterior.program import Latents, Traced, trace_model
 from pp_diffusion.posterior.smc import Sampler
 from pp_diffusion.posterior.survey import Judge
-from pp_diffusion.posterior.target import read_target
+from pp_diffusion.posterior.target import Target, read_target
 from pp_diffusion.posterior.twists import as_twist
 
 
@@ -147,7 +147,8 @@ class ParticleGibbs:
             for done in range(0, total, segment):
                 count = min(segment, total - done)
                 states, sweeps = _advance(gibbs, states, sweeps, done, count)
-                bar.update(count if jax.block_until_ready(states.rng_key) is not None else 0)
+                jax.block_until_ready(states.path)
+                bar.update(count)
         self._sweeps = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), sweeps)
         self._observed = gibbs.target.observed()
         self._bound = partial(self.model, *args, **kwargs)
@@ -164,6 +165,7 @@ class ParticleGibbs:
         latents = {name: messages[name]["value"] for name in names}
         given = _given_latents(self.model)
         _refuse_entangled(given, message["name"], latents, args, kwargs)
+        _refuse_moving(target, message, names)
         factors = read_model(given, (latents, *args), kwargs)
         sampler = Sampler(factors, self.twist, self.ess_threshold, 0, self._judge(factors))
         return Gibbs(
@@ -213,10 +215,10 @@ class ParticleGibbs:
         """
         grouped = partial(dataset, dims=dims or {}, coords=coords or {})
         sweeps = self.sweeps
-        stats = {name: getattr(sweeps, name) for name in Sweeps._fields[1:]}
+        stats = {"n_steps" if n == "num_steps" else n: getattr(sweeps, n) for n in Sweeps._fields[1:]}
         groups = {
             "posterior": grouped(sweeps.sites, ["chain", "draw"]),
-            "sample_stats": grouped(stats | {"n_steps": stats.pop("num_steps")}, ["chain", "draw"]),
+            "sample_stats": grouped(stats, ["chain", "draw"]),
             "observed_data": grouped(self._observed, []),
         }
         if self._observed:
@@ -287,6 +289,24 @@ def _refuse_entangled(
         )
 
 
+def _refuse_moving(target: Target, message: Message, names: tuple[str, ...]) -> None:
+    """Supports of latents are the same at any x, so that they stay where they are while x is drawn.
+
+    :raises ValueError: naming the one whose is not.
+    """
+
+    def values(x: Array) -> dict[str, Array]:
+        sites = target.replace(program=target.program.with_first(x)).measure(jnp.zeros(target.size)).sites
+        return {name: sites[name] for name in names}
+
+    sources = Traced(values, message["value"]).sources(frozenset({message["name"]}))
+    if moving := [name for name, found in sources.items() if found]:
+        raise ValueError(
+            f"latent site {in_words(moving)}: its support depends on {message['name']!r}, which ParticleGibbs does not "
+            "serve: write it as a function of a latent whose support does not"
+        )
+
+
 @jit_once
 def _begin(gibbs: Gibbs, keys: Array) -> GibbsState:
     return jax.lax.map(partial(begin, gibbs), keys)
@@ -294,14 +314,14 @@ def _begin(gibbs: Gibbs, keys: Array) -> GibbsState:
 
 def _kept(gibbs: Gibbs, states: GibbsState) -> Sweeps:
     """Of all chains, at a sweep."""
-    hmc, axes = states.hmc, 1
+    hmc = states.hmc
     return Sweeps(
         jax.vmap(gibbs.sites)(states),
         hmc.diverging,
         hmc.accept_prob,
         hmc.num_steps,
-        states.is_new.mean(axes),
-        states.least_ess.min(axes),
+        states.is_new.mean(1),
+        states.least_ess.min(1),
     )
 
 

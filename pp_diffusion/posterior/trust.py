@@ -26,7 +26,7 @@ from pp_diffusion.posterior.factors import read_model
 from pp_diffusion.posterior.latents import constrain
 from pp_diffusion.posterior.messages import Message, base_of
 from pp_diffusion.posterior.outcome import Outcome
-from pp_diffusion.posterior.program import trace_model
+from pp_diffusion.posterior.program import full_precision, trace_model
 from pp_diffusion.posterior.report import independent_of, pooled
 from pp_diffusion.posterior.smc import Sampler, finish, init, step
 from pp_diffusion.posterior.survey import Judge, Survey, by_plain_draws
@@ -210,7 +210,8 @@ def _simulated(
     """Latents, and what is observed at them."""
 
     def one(rng_key: Array) -> dict[str, Array]:
-        sites = handlers.trace(handlers.seed(handlers.uncondition(model), rng_key)).get_trace(*args, **kwargs)
+        with full_precision():
+            sites = handlers.trace(handlers.seed(handlers.uncondition(model), rng_key)).get_trace(*args, **kwargs)
         return {name: jnp.asarray(m["value"]) for name, m in sites.items() if m["type"] == "sample"}
 
     found = jax.vmap(one)(jax.random.split(rng_key, count))
@@ -226,7 +227,7 @@ def _run_all(
 
     def one(at: tuple[Any, Any, Array]) -> _Runs:
         values, truth, key = at
-        run_key, rank_key, plain_key = jax.random.split(key, 3)
+        run_key, few_key, tie_key, plain_key = jax.random.split(key, 4)
         now = factors.replace(reader=reader.replace(program=reader.program.with_first(values)))
         mine = sampler.replace(factors=now)
         state = init(run_key, mine, num_particles, num_chains)
@@ -236,9 +237,9 @@ def _run_all(
         whole = constrain(now, *pooled(state))
         draws = {n: _numbers(whole[n][:, 0]) for n in truth}
         below = {n: draws[n] < _numbers(truth[n][None]) for n in truth}
-        few = jax.random.permutation(rank_key, num_particles * num_chains)[:NUM_RANKED]
+        few = jax.random.permutation(few_key, num_particles * num_chains)[:NUM_RANKED]
         return _Runs(
-            {n: b[few].sum(0) + _ties(rank_key, draws[n][few], truth[n]) for n, b in below.items()},
+            {n: b[few].sum(0) + _ties(tie_key, draws[n][few], truth[n]) for n, b in below.items()},
             {n: b.mean(0) for n, b in below.items()},
             state.log_evidence,
             state.log_weights,

@@ -115,7 +115,8 @@ def test_errors_in_variables():
         with numpyro.plate("rows", rows):
             x = numpyro.sample("x", prior)
             numpyro.sample("seen", dist.Normal(x, 0.5), obs=seen)
-            numpyro.sample("y", dist.Normal(a + x, 0.3), obs=y)
+            z = numpyro.sample("z", dist.Normal(x, 0.05**0.5))  # a latent that depends on x
+            numpyro.sample("y", dist.Normal(a + z, 0.2), obs=y)
 
     gibbs = ppd.ParticleGibbs(errors_in_variables, num_particles=4, num_samples=2000, progress_bar=False)
     gibbs.run(jax.random.key(0), jnp.asarray(seen), jnp.asarray(y))
