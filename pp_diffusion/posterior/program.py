@@ -90,10 +90,15 @@ class Program(Frozen):
     def trace(self, x: Array | None, latents: Latents, rng_key: Array) -> Trace:
         """The sites with x (of the site's shape, data units; ``None`` for the origin) and latents (as
         :func:`unconstrained`) put in; others are drawn."""
+        return trace_model(*self.call, x, latents, rng_key)
+
+    @property
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The model, its arguments, its keyword arguments."""
         arrays = iter(self.arrays)
         leaves = [next(arrays) if leaf is None else leaf.value for leaf in self.static]
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
-        return trace_model(self.model, args, kwargs, x, latents, rng_key)
+        return self.model, args, kwargs
 
 
 def trace_model(
