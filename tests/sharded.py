@@ -18,8 +18,8 @@ import optax
 
 import pp_diffusion as ppd
 from pp_diffusion import weights
+from pp_diffusion.sharding import as_layout
 from pp_diffusion.training.forms import as_source
-from pp_diffusion.training.sharding import as_layout
 from pp_diffusion.training.update import OBJECTIVES, Settings, first_state, run
 
 X = np.random.default_rng(0).normal(size=(1024, 3)) @ np.random.default_rng(1).normal(size=(3, 3)) / 2

@@ -16,7 +16,7 @@ import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import flax_module
-from numpyro.distributions.transforms import AffineTransform, ExpTransform
+from numpyro.distributions.transforms import AffineTransform, ExpTransform, OrderedTransform
 from numpyro.infer.util import potential_energy
 from scipy.stats import multivariate_normal, norm, poisson
 
@@ -161,11 +161,6 @@ def masked(prior, y=Y):
         numpyro.sample("w", dist.Cauchy(x, 0.5).to_event(1), obs=y)
 
 
-def masked_nan(prior, y=NAN_Y):
-    x = numpyro.sample("x", prior)
-    numpyro.sample("y", dist.Normal(x, 0.5).mask(~jnp.isnan(y)).to_event(1), obs=y)
-
-
 def masked_nan_normal_family(prior, y=NAN_Y):
     x = numpyro.sample("x", prior)
     numpyro.sample("y", dist.LogNormal(x, 0.5).mask(~jnp.isnan(y)).to_event(1), obs=y)
@@ -271,6 +266,28 @@ def latents_in_plate(prior, y=ROWS):
         numpyro.sample("y", dist.Normal(x * shares[:, :2] + b, tau[:, None]).to_event(1), obs=y)
 
 
+def latents_of_every_support(prior, y=Y):
+    """Correlations, cutpoints, sums of zero, above and between numbers, and between numbers that are latents too."""
+    x = numpyro.sample("x", prior)
+    correlations = numpyro.sample("correlations", dist.LKJ(2, 1.5))
+    steps = dist.Normal(jnp.array([-0.5, 0.3]), 1.0).to_event(1)
+    cutpoints = numpyro.sample("cutpoints", dist.TransformedDistribution(steps, OrderedTransform()))
+    effects = numpyro.sample("effects", dist.ZeroSumNormal(1.5, (2,)))
+    above = numpyro.sample("above", dist.Pareto(1.5, 4.0))
+    below = numpyro.sample("below", dist.Uniform(-above, 2 * above))
+    numpyro.sample("y", dist.MultivariateNormal(x + effects + below, correlations), obs=y)
+    numpyro.sample("z", dist.OrderedLogistic(2 * x[0], cutpoints), obs=1)
+
+
+def masked_nan_in_four_ways(prior, y=NAN_Y):
+    x, known = numpyro.sample("x", prior), ~jnp.isnan(y)
+    with handlers.mask(mask=known):
+        numpyro.sample("by handler", dist.Normal(x, 0.5), obs=y)
+    numpyro.sample("by method", dist.Normal(x, 0.6).mask(known).to_event(1), obs=y)
+    numpyro.sample("by hand", dist.Normal(x, 0.7).mask(known).to_event(1), obs=jnp.where(known, y, 0.0))
+    numpyro.factor("by factor", jnp.where(known, dist.Normal(x, 0.8).log_prob(jnp.where(known, y, 0.0)), 0.0).sum())
+
+
 def shared_latent(prior, y=ROWS):
     sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
     with numpyro.plate("n", 3):
@@ -306,7 +323,6 @@ CASES = {
     "several": (several, GAUSSIAN, (2,), ()),
     "scaled": (scaled, GAUSSIAN, (2,), ()),
     "masked": (masked, GAUSSIAN, (2,), ()),
-    "masked NaN": (masked_nan, GAUSSIAN, (2,), ()),
     "masked NaN, other": (masked_nan_normal_family, GAUSSIAN, (2,), ()),
     "half normal": (half_normal, GAUSSIAN, (2,), ()),
     "hierarchical": (hierarchical, GAUSSIAN, (2,), ()),
@@ -322,6 +338,8 @@ CASES = {
     "plate with inner axes": (inner_axes, GAUSSIAN, (4, 3, 2), (4,)),
     "expanded": (expanded, GAUSSIAN, (3, 2), ()),
     "latents in the plate": (latents_in_plate, GAUSSIAN, (3, 2), (3,)),
+    "latents of every support": (latents_of_every_support, GAUSSIAN, (2,), ()),
+    "masked NaN": (masked_nan_in_four_ways, GAUSSIAN, (2,), ()),
     "shared latent": (shared_latent, GAUSSIAN, (3, 2), ()),
     "coupled": (coupled, GAUSSIAN, (3, 2), ()),
     "mixed": (mixed, GAUSSIAN, (3, 2), ()),

@@ -15,8 +15,8 @@ from numpyro.infer import SVI, Trace_ELBO
 
 import pp_diffusion as ppd
 from pp_diffusion import Diffusion, FixedSchedule, GaussianKernel
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.loop import default_updates
-from pp_diffusion.training.sharding import Layout
 from pp_diffusion.training.sources import Source
 from pp_diffusion.training.update import InParts
 from tests.compilations import compilations

@@ -16,7 +16,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ROOMS = (  # from the ground up: a room may use itself and those before it
     ("archives", "checks", "compiling", "divergence", "frozen", "inference_data", "levels"),
-    ("matrices", "rules", "solvers", "uncomputed", "units", "version"),
+    ("matrices", "rules", "sharding", "solvers", "uncomputed", "units", "version"),
     ("contexts", "covariates", "datasets", "networks", "schedules", "transforms"),
     ("states",),
     ("kernels",),

@@ -376,6 +376,21 @@ def test_to_arviz(eight, plates):
     assert len(az.summary(idata)) == 18
 
 
+def test_a_file_of_netcdf_holds_all_of_it(eight, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the import's own, of the first generation
+        import arviz as az
+    idata = eight.to_arviz()
+    idata.to_netcdf(tmp_path / "eight.nc")
+    again = az.from_netcdf(tmp_path / "eight.nc")
+    for group in ("posterior", "sample_stats", "observed_data", "log_likelihood"):
+        before, after = idata[group], again[group]
+        assert set(before.data_vars) == set(after.data_vars) and before.attrs.keys() <= after.attrs.keys()
+        for name in before.data_vars:
+            assert before[name].dims == after[name].dims
+            np.testing.assert_array_equal(before[name], after[name])
+
+
 def test_to_arviz_without_a_likelihood_per_datum():
     smc = ppd.SMC(by_factor, num_particles=8, progress_bar=False)
     smc.run(KEY, jnp.array(-1.5))

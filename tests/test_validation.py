@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pp_diffusion as ppd
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.arrays import hold_out
-from pp_diffusion.training.sharding import Layout
 from pp_diffusion.training.update import OBJECTIVES
 from pp_diffusion.training.validation import Validation, evaluate
 

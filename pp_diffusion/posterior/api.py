@@ -23,7 +23,7 @@ from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init,
 from pp_diffusion.posterior.survey import Judge, survey
 from pp_diffusion.posterior.twists import as_twist
 from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
-from pp_diffusion.training.sharding import Layout, as_layout
+from pp_diffusion.sharding import Layout, as_layout
 from pp_diffusion.units import nats_to_bits
 
 

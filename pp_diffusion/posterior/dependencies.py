@@ -172,7 +172,9 @@ def _bends(reader: Reader, space: StateSpace, keys: Array, even: Latents) -> dic
         a, b = space.pair(rng_key, systems.batch_shape, 0.2)
         low, half, high = (normal_parts(z) for z in (a, (a + b) / 2, b))
         return {
-            n: _is_bent(low[n].residual, half[n].residual, high[n].residual) | _differ(low[n].noise, high[n].noise)
+            # a correction has the logarithm of the noise's scale
+            n: _is_bent(low[n].residual, half[n].residual, high[n].residual)
+            | _differ(low[n].correction, high[n].correction)
             for n in low
         }
 
@@ -186,7 +188,7 @@ def _is_bent(low: Array, half: Array, high: Array) -> Array:
 
 
 def _differ(a: Array, b: Array) -> Array:
-    return (jnp.abs(a - b) > 1e-5 * jnp.abs(a)).any()
+    return (jnp.abs(a - b) > 1e-5 * (1 + jnp.abs(a))).any()
 
 
 def owners(reader: Reader, space: StateSpace) -> Array | None:

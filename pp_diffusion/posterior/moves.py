@@ -35,12 +35,11 @@ class RandomWalk(NamedTuple):
         floor = 1e-4 * jnp.trace(covariance, axis1=-2, axis2=-1) / size + 1e-8
         return cls(cholesky(covariance + floor[..., None, None] * jnp.eye(size, dtype=flat.dtype)))
 
-    def propose(self, rng_key: Array, latents: Latents) -> Latents:
-        """A step, at a scale between a tenth of the best one for a normal target and the whole."""
-        scale_key, normal_key = jax.random.split(rng_key)
+    def propose(self, rng_key: Array, uniform: Array, latents: Latents) -> Latents:
+        """A step, at a scale between a tenth of the best one for a normal target and the whole, by a uniform number."""
         flat = _flatten(latents)
-        scale = 10 ** jax.random.uniform(scale_key, (*flat.shape[:-1], 1), minval=-1.0, maxval=0.0)
-        noise = jax.random.normal(normal_key, flat.shape, flat.dtype)
+        scale = 10 ** -uniform[..., None]
+        noise = jax.random.normal(rng_key, flat.shape, flat.dtype)
         direction = einsum("...ij,p...j->p...i", self.root, noise)
         return _unflatten(flat + 2.38 / math.sqrt(flat.shape[-1]) * scale * direction, latents)
 
@@ -59,9 +58,15 @@ class Position(NamedTuple):
 
 
 def move(
-    rng_key: Array, factors: Factors, latents: Latents, target: Callable[[Latents], Position], num_moves: Array | int
+    rng_key: Array,
+    factors: Factors,
+    latents: Latents,
+    target: Callable[[Latents], Position],
+    num_moves: int,
+    is_wanted: Array | bool = True,
 ) -> tuple[Position, Array]:
-    """The position at these latents after so many Metropolis moves, and the share that was accepted, shape ``(C, S)``.
+    """The position at these latents after so many Metropolis moves, or none, and the share that was accepted, shape
+    ``(C, S)``.
 
     Continuous latents move by a random walk, discrete ones by new draws of their prior; where there are both, in turn,
     so many times each. The first pass of the loop finds the position at the latents themselves: the target is compiled
@@ -74,37 +79,39 @@ def move(
     walk = None
     if continuous:  # not where nothing moves
         still = partial(zeros_of, RandomWalk.over)
-        walk = jax.lax.cond(jnp.asarray(num_moves) > 0, RandomWalk.over, still, continuous)
-    num_moves = num_moves * (2 if walk and has_discrete else 1)
+        walk = jax.lax.cond(is_wanted, RandomWalk.over, still, continuous)
+    num_moves *= 2 if walk and has_discrete else 1
+    keys = jax.random.split(rng_key, (num_moves + 1, 2))
     start = zeros_of(target, latents)._replace(latents=latents)
     batch = start.log_density.shape
 
-    def by_walk(key: Array, latents: Latents) -> tuple[Latents, Array]:
+    def by_walk(key: Array, uniform: Array, latents: Latents) -> tuple[Latents, Array]:
         assert walk is not None
-        moved = walk.propose(key, {name: latents[name] for name in continuous})
+        moved = walk.propose(key, uniform, {name: latents[name] for name in continuous})
         return {**latents, **moved}, jnp.zeros(batch)
 
-    def by_prior(key: Array, latents: Latents) -> tuple[Latents, Array]:
+    def by_prior(key: Array, uniform: Array, latents: Latents) -> tuple[Latents, Array]:
         return redraw_discrete(factors, key, latents)
 
-    def propose(i: Array, key: Array, latents: Latents) -> tuple[Latents, Array]:
+    def propose(i: Array, key: Array, uniform: Array, latents: Latents) -> tuple[Latents, Array]:
         if walk is None:
-            return by_prior(key, latents)
+            return by_prior(key, uniform, latents)
         if not has_discrete:
-            return by_walk(key, latents)
-        return jax.lax.cond(i % 2 == 0, by_prior, by_walk, key, latents)
+            return by_walk(key, uniform, latents)
+        return jax.lax.cond(i % 2 == 0, by_prior, by_walk, key, uniform, latents)
 
     def one(i: Array, carry: tuple[Position, Array]) -> tuple[Position, Array]:
         now, accepted = carry
-        draw_key, accept_key = jax.random.split(jax.random.fold_in(rng_key, i))
+        draw_key, uniform_key = keys[i]
         is_start = i == 0
 
         def stay() -> tuple[Latents, Array]:
             return now.latents, jnp.zeros(batch)
 
         def go() -> tuple[Latents, Array]:
-            proposed, log_ratio = propose(i, draw_key, now.latents)
-            return proposed, log_ratio - jnp.log(jax.random.uniform(accept_key, batch))
+            for_scale, for_acceptance = jax.random.uniform(uniform_key, (2, *batch))
+            proposed, log_ratio = propose(i, draw_key, for_scale, now.latents)
+            return proposed, log_ratio - jnp.log(for_acceptance)
 
         proposed, log_odds = jax.lax.cond(is_start, stay, go)
         new = target(proposed)
@@ -113,8 +120,9 @@ def move(
         now = jax.tree.map(lambda new, old: jnp.where(over_systems(accept, new), new, old), new, now)
         return now, accepted + jnp.where(is_start, 0.0, accept.mean(0))
 
-    end, accepted = jax.lax.fori_loop(0, num_moves + 1, one, (start, jnp.zeros(batch[1:])))
-    return end, accepted / jnp.maximum(num_moves, 1)
+    count = 1 + jnp.where(is_wanted, num_moves, 0)
+    end, accepted = jax.lax.fori_loop(0, count, one, (start, jnp.zeros(batch[1:])))
+    return end, accepted / num_moves
 
 
 def zeros_of(function: Callable[..., Any], *args: Any) -> Any:

@@ -30,16 +30,16 @@ def systematic(rng_key: Array, log_weights: Array) -> Array:
     """Indices by systematic resampling, of the weights' shape; where no particle has any weight, all are kept.
 
     In whole numbers: sums of float32 are neither exact nor monotone, and give particles of weight zero a share of 1e-7.
-    A weight is rounded to a 2⁻³¹ of their sum.
+    A weight is rounded to a 2⁻³⁰ of their sum, or less.
     """
     count = len(log_weights)
     log_weights = jnp.where(is_dead(log_weights), 0.0, log_weights)  # their evidence says so from here on
-    slot = (2**31 - 1) // count
+    slot = 2 ** int(math.log2((2**31 - 1) // count))  # bits are uniform below a power of two
     shares = jnp.round(jax.nn.softmax(log_weights, axis=0) * float(count * slot)).astype(jnp.uint32)
     missing = jnp.uint32(count * slot) - shares.sum(0, dtype=jnp.uint32)  # by rounding; modulo 2³²
     numbers = jnp.arange(count).reshape(-1, *(1,) * (log_weights.ndim - 1))
     ends = jnp.cumsum(shares + jnp.where(numbers == shares.argmax(0), missing, 0), axis=0, dtype=jnp.uint32)
-    start = jax.random.randint(rng_key, log_weights.shape[1:], 0, slot).astype(jnp.uint32)
+    start = jax.random.bits(rng_key, log_weights.shape[1:], jnp.uint32) % jnp.uint32(slot)
     points = numbers.astype(jnp.uint32) * jnp.uint32(slot) + start
     ends, points = (a.reshape(count, -1) for a in (ends, points))
     index = jax.vmap(lambda e, p: jnp.searchsorted(e, p, side="right"), in_axes=1, out_axes=1)(ends, points)

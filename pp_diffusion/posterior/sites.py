@@ -34,7 +34,7 @@ class NormalPart(NamedTuple):
     """A site's observations as normal ones, y = h(x) + noise.
 
     :ivar residual: y − h(x), of the value's shape; zero where masked.
-    :ivar noise: the noise's variances, of the same shape: correlated observations are whitened.
+    :ivar noise: the noise's variances, of the same shape: normal observations are whitened.
     :ivar correction: the site's log density less the normal one of the residuals, by mask and scale; of the batch
         shape, and axes after it.
     :ivar discrepancy: the same per residual, where a density is taken for a normal one.
@@ -130,9 +130,13 @@ class Normal(Kind):
         return isinstance(base_of(message), dist.Normal)
 
     def read(self, message: Message) -> SitePart:
-        base = base_of(message)
-        normal = as_normal(message, value_of(message), base.loc, base.scale**2)
-        return SitePart(log_prob_of(message), log_prob_elements(message), normal)
+        base, value = base_of(message), value_of(message)
+        weights, used = _used(message, value.shape)
+        # in the noise's own unit, whose square float32 may not hold
+        residual = (jnp.where(used, value, 0.0) - base.loc) / base.scale
+        normal = as_normal(message, residual, jnp.zeros(()), jnp.ones(()))
+        correction = normal.correction - jnp.where(used, weights * jnp.log(base.scale), 0.0)
+        return SitePart(log_prob_of(message), log_prob_elements(message), normal._replace(correction=correction))
 
 
 class Curved(Normal):

@@ -284,8 +284,8 @@ def _moved(
 
     def one(now: Round) -> Round:
         is_first = now.number == 0
-        target, num_moves = found_at(now.x, now.weighed.least), jnp.where(is_first, 0, sampler.num_moves)
-        (latents, _, found), acceptance = move(rng_key, sampler.factors, now.latents, target, num_moves)
+        target, num_moves = found_at(now.x, now.weighed.least), sampler.num_moves
+        (latents, _, found), acceptance = move(rng_key, sampler.factors, now.latents, target, num_moves, ~is_first)
         weighed = jax.tree.map(partial(jnp.where, is_first), _weigh(sampler, state, found), now.weighed)
         once = weighed._replace(needed=weighed.needed & is_first)
         x, latents, lineage = resampled(once, (now.x, latents, now.lineage))

@@ -15,7 +15,7 @@ from pp_diffusion.posterior.facade import LatentRun, LatentSampler, plain_estima
 from pp_diffusion.posterior.target import Target, read_target
 from pp_diffusion.posterior.tempering import MOST_TEMPERATURES, Moves, TemperedState, start, temper
 from pp_diffusion.posterior.verdicts import COLLAPSED, Plain, Verdict
-from pp_diffusion.training.sharding import as_layout
+from pp_diffusion.sharding import as_layout
 
 
 class TemperedRun(LatentRun):

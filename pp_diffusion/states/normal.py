@@ -42,9 +42,9 @@ class NormalProposal(NamedTuple):
 
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
-        n_key, e_key = jax.random.split(rng_key)
-        n = jax.random.normal(n_key, self.mean.shape, self.mean.dtype)
-        x, log_ratio = in_one_axis(NormalProposal._moved, self, n, jax.random.normal(e_key, self.e.shape, n.dtype))
+        *batch, size = self.mean.shape
+        noise = jax.random.normal(rng_key, (*batch, size + self.e.shape[-1]), self.mean.dtype)
+        x, log_ratio = in_one_axis(NormalProposal._moved, self, noise[..., :size], noise[..., size:])
         return x.reshape(shape), log_ratio
 
     def _moved(self, n: Array, noise: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from pp_diffusion import contexts
 from pp_diffusion.data_space import DataSpace
-from pp_diffusion.training.sharding import Layout
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.sources import (
     ArrayFeed,
     Feed,

@@ -15,11 +15,11 @@ from jax import Array
 from pp_diffusion.checks import check_key, positive_int
 from pp_diffusion.covariates import Covariates
 from pp_diffusion.diffusion import Diffusion
+from pp_diffusion.sharding import as_layout
 from pp_diffusion.training.checkpoints import Checkpoints
 from pp_diffusion.training.files import read_fit, write_fit
 from pp_diffusion.training.forms import as_held_out, as_source
 from pp_diffusion.training.loop import NonFiniteUpdates, Plan, Run, default_updates, identity_of
-from pp_diffusion.training.sharding import as_layout
 from pp_diffusion.training.sources import Encoding
 from pp_diffusion.training.update import FitState, ObjectiveName, SavedState, Settings, as_objective
 from pp_diffusion.training.validation import HeldOut, Validation

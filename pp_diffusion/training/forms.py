@@ -10,8 +10,8 @@ from jax import Array
 
 from pp_diffusion.covariates import Covariates
 from pp_diffusion.data_space import DataSpace
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.arrays import OnDisk, Rows
-from pp_diffusion.training.sharding import Layout
 from pp_diffusion.training.sources import (
     Batches,
     Encoding,

@@ -21,7 +21,7 @@ from pp_diffusion.checks import COARSE, find_ties, name_columns
 from pp_diffusion.covariates import Covariates
 from pp_diffusion.data_space import DataSpace
 from pp_diffusion.frozen import Frozen
-from pp_diffusion.training.sharding import Layout
+from pp_diffusion.sharding import Layout
 
 #: From the rows of a context to what encodes it.
 Encoding = Callable[[Any], Covariates]

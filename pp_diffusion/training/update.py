@@ -16,7 +16,7 @@ from numpyro.infer.svi import SVIState
 from pp_diffusion.covariates import Covariates
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.objectives import check_squared_errors, step_cost, step_importance, step_squared_error
-from pp_diffusion.training.sharding import Layout
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.sources import Feed
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from jax import Array
 from pp_diffusion import contexts
 from pp_diffusion.diffusion import Diffusion
 from pp_diffusion.objectives import draw_steps, fixed_terms
-from pp_diffusion.training.sharding import Layout
+from pp_diffusion.sharding import Layout
 from pp_diffusion.training.update import Best, FitState, Objective
 
 #: Evaluations in all, and the fewest updates from one to the next.
