@@ -50,10 +50,14 @@ from pp_diffusion.posterior.amortized import amortize as amortize
 from pp_diffusion.posterior.api import SMC as SMC
 from pp_diffusion.posterior.comparison import EvidenceComparison as EvidenceComparison
 from pp_diffusion.posterior.comparison import compare_evidence as compare_evidence
+from pp_diffusion.posterior.costs import CostWarning as CostWarning
 from pp_diffusion.posterior.flow_reparam import FlowReparam as FlowReparam
+from pp_diffusion.posterior.particle_gibbs import ParticleGibbs as ParticleGibbs
 from pp_diffusion.posterior.perturb import perturb as perturb
 from pp_diffusion.posterior.reparam import TrajectoryReparam as TrajectoryReparam
 from pp_diffusion.posterior.tempered import TemperedSMC as TemperedSMC
+from pp_diffusion.posterior.trust import Trust as Trust
+from pp_diffusion.posterior.trust import trust as trust
 from pp_diffusion.posterior.verdicts import CollapseWarning as CollapseWarning
 from pp_diffusion.prior import ConditionalPrior as ConditionalPrior
 from pp_diffusion.prior import DiffusionPrior as DiffusionPrior

@@ -302,7 +302,9 @@ def sees(prior, y):
 def draws_of(prior):
     """Of the prior, and of its posterior: as NumPy's."""
     smc = run(sees, prior, jnp.array([0.5, -1.0]), num_chains=2)
-    return np.asarray(prior.sample(KEY, (3,))), np.asarray(smc.get_samples()["x"]), smc.log_evidence
+    again = pickle.loads(pickle.dumps(smc))  # a run is kept that way, too
+    assert again.log_evidence == smc.log_evidence
+    return np.asarray(prior.sample(KEY, (3,))), np.asarray(again.get_samples()["x"]), smc.log_evidence
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int, typed_key
 from pp_diffusion.compiling import jit_once
+from pp_diffusion.posterior.costs import Cost
 from pp_diffusion.posterior.factors import Factors, read_model
 from pp_diffusion.posterior.outcome import print_moments
 from pp_diffusion.posterior.particles import log_mean
@@ -39,7 +40,9 @@ class SMC:
     plate; a site outside couples them, and x is then one joint state. Binary data: r is called on bits only.
 
     Cost: ``num_particles * num_chains * T`` network calls, with the moment twist a vector-Jacobian product for each
-    observed number, and once more where other latents are moved. Memory is that of one step, whatever T.
+    observed number, and once more where other latents are moved. Memory is that of one step, whatever T. Where 5
+    rows or more share latents, and there are fewer than 20 particles for each row and shared number, or more than 1e8
+    network calls to make, a :class:`~pp_diffusion.CostWarning` says so before the run, and what to take instead.
 
     :param model: a NumPyro model.
     :param num_particles: particles of each system.
@@ -124,6 +127,7 @@ class SMC:
         check_key(rng_key)
         rng_key = typed_key(rng_key)
         factors = read_model(self.model, args, kwargs)
+        Cost.of(factors, self.num_particles, self.num_chains).warn()
         plain = self._plain(jax.random.fold_in(rng_key, 1), factors)
         sampler = Sampler(factors, self.twist, self.ess_threshold, self.num_moves, self._judge(factors))
         state, infos = _spread(self.layout, *_init(rng_key, sampler, self.num_particles, self.num_chains))

@@ -73,6 +73,9 @@ class Factors(Frozen):
     ) -> None:
         self._set(name=name, prior=prior, reader=reader, dropped=dropped, known=known, owner=owner)
 
+    def __reduce__(self) -> Any:
+        return read_model, self.reader.program.call  # what is traced cannot be pickled
+
     # --- what is fixed ---
 
     @property

@@ -74,13 +74,31 @@ class Program(Frozen):
             arrays=tuple(jnp.asarray(leaf) if isinstance(leaf, float) else leaf for leaf in arrays),
         )
 
+    def with_first(self, argument: Any) -> Program:
+        """With another first argument, of the same structure.
+
+        :raises ValueError: if the model needs the values of its arrays while it is traced.
+        """
+        leaves = jax.tree.leaves(argument)
+        if any(constant is not None for constant in self.static[: len(leaves)]):
+            raise ValueError(
+                "the model needs the values of its latents while it is traced, for a shape, a condition or an index: "
+                "write it in jax.numpy, with jnp.where or jax.lax.cond"
+            )
+        return self.replace(arrays=(*leaves, *self.arrays[len(leaves) :]))
+
     def trace(self, x: Array | None, latents: Latents, rng_key: Array) -> Trace:
         """The sites with x (of the site's shape, data units; ``None`` for the origin) and latents (as
         :func:`unconstrained`) put in; others are drawn."""
+        return trace_model(*self.call, x, latents, rng_key)
+
+    @property
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The model, its arguments, its keyword arguments."""
         arrays = iter(self.arrays)
         leaves = [next(arrays) if leaf is None else leaf.value for leaf in self.static]
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
-        return trace_model(self.model, args, kwargs, x, latents, rng_key)
+        return self.model, args, kwargs
 
 
 def trace_model(

@@ -42,7 +42,7 @@ class Run(Outcome):
             log_evidences=np.asarray(state.log_evidence, np.float64),
             final_ess=self.infos.ess[0],
             least_ess=self.infos.ess.min(0),
-            independent_draws=np.asarray(_independent_draws(state), np.float64),
+            independent_draws=np.asarray(independent_of(state), np.float64),
             num_particles=len(state.log_weights),
             plain=plain,
         )
@@ -83,7 +83,7 @@ class Run(Outcome):
         """All latent and deterministic sites, in data units; see :meth:`SMC.get_samples`."""
         factors, state = self.sampler.factors, self.state
         if not group_by_chain:
-            x, latents = _pooled(state)
+            x, latents = pooled(state)
             return {name: value[:, 0] for name, value in _constrain(factors, x, latents).items()}
         if dead := self.dead_chains:
             raise RuntimeError(
@@ -164,7 +164,7 @@ def _constrain(factors: Factors, x: Array, latents: Latents) -> dict[str, Array]
 
 
 @jax.jit
-def _pooled(state: SMCState) -> tuple[Array, Latents]:
+def pooled(state: SMCState) -> tuple[Array, Latents]:
     """All chains' particles as one, drawn in proportion to the chains' evidence."""
     chains = state.log_weights.shape[1]
     if chains == 1:
@@ -178,7 +178,7 @@ def _pooled(state: SMCState) -> tuple[Array, Latents]:
     return gather(systematic(key, weights), jax.tree.map(pool, (state.x, state.latents)))
 
 
-def _independent_draws(state: SMCState) -> Array:
+def independent_of(state: SMCState) -> Array:
     """In each chain; infinite with one."""
     if state.log_weights.shape[1] == 1:
         return jnp.full(state.log_evidence.shape[1:], jnp.inf)

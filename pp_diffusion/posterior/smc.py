@@ -213,9 +213,9 @@ def _step(
         _, _, latents, lineage, found, weighed, acceptance = _moved(sampler, state, move_key, found_at, resampled)
     else:
         found = found_at(state.x)(state.latents).carried
-        weighed, acceptance = _weigh(sampler, state, found), jnp.zeros(found.log_twist.shape[1:])
+        weighed, acceptance = weigh(sampler, state, found), jnp.zeros(found.log_twist.shape[1:])
         latents, lineage, found = resampled(weighed, (state.latents, state.lineage, found))
-    found = _with_fallback(found, weighed.least)
+    found = with_fallback(found, weighed.least)
     x, log_ratio = found.proposal.draw(draw_key, state.x.shape)
     moved = weighed.needed.any() & moves & jnp.ones_like(weighed.needed)
     info = SMCInfo(weighed.ess, weighed.needed, weighed.num_unguided, moved, acceptance)
@@ -250,11 +250,12 @@ class Weighed(NamedTuple):
     num_unguided: Array
 
 
-def _weigh(sampler: Sampler, state: SMCState, found: Guided) -> Weighed:
+def weigh(sampler: Sampler, state: SMCState, found: Guided) -> Weighed:
+    """The particles' weights under the twist, and whether they are even enough."""
     is_finite = jnp.isfinite(found.log_twist)
     least = jnp.min(jnp.where(is_finite, found.log_twist, jnp.inf), axis=0)
     least = jnp.where(jnp.isfinite(least), least, 0.0)
-    log_weights = state.log_weights + _with_fallback(found, least).log_twist
+    log_weights = state.log_weights + with_fallback(found, least).log_twist
     size = ess(log_weights)
     needed = size < sampler.ess_threshold * len(log_weights)
     return Weighed(log_weights, least, size, needed, (~is_finite).sum(0))
@@ -286,7 +287,7 @@ def _moved(
         is_first = now.number == 0
         target, num_moves = found_at(now.x, now.weighed.least), sampler.num_moves
         (latents, _, found), acceptance = move(rng_key, sampler.factors, now.latents, target, num_moves, ~is_first)
-        weighed = jax.tree.map(partial(jnp.where, is_first), _weigh(sampler, state, found), now.weighed)
+        weighed = jax.tree.map(partial(jnp.where, is_first), weigh(sampler, state, found), now.weighed)
         once = weighed._replace(needed=weighed.needed & is_first)
         x, latents, lineage = resampled(once, (now.x, latents, now.lineage))
         return Round(now.number + 1, x, latents, lineage, found, weighed, acceptance)
@@ -295,7 +296,7 @@ def _moved(
         return (now.number == 0) | ((now.number == 1) & now.weighed.needed.any())
 
     found = zeros_of(lambda: found_at(state.x)(state.latents).carried)
-    weighed = zeros_of(lambda: _weigh(sampler, state, found))
+    weighed = zeros_of(lambda: weigh(sampler, state, found))
     weighed = weighed._replace(least=jnp.full_like(weighed.least, jnp.nan))  # not known in the first round
     start = jnp.zeros((), int), state.x, state.latents, state.lineage, found, weighed, jnp.zeros_like(weighed.ess)
     return jax.lax.while_loop(is_left, one, Round(*start))
@@ -312,12 +313,13 @@ def _found_at(
     prediction = predict_at(x)
 
     def at(latents: Latents) -> Position:
-        found = _with_fallback(sampler.twist_at(state, prediction, latents), fallback)
+        found = with_fallback(sampler.twist_at(state, prediction, latents), fallback)
         log_prior = sampler.factors.read(x, latents).log_prior
         return Position(latents, found.log_twist + log_prior, found)
 
     return at
 
 
-def _with_fallback(found: Guided, fallback: Array | float) -> Guided:
+def with_fallback(found: Guided, fallback: Array | float) -> Guided:
+    """With a number in place of a twist that is not finite."""
     return found._replace(log_twist=jnp.where(jnp.isfinite(found.log_twist), found.log_twist, fallback))

@@ -42,13 +42,15 @@ class Survey(NamedTuple):
         return Plain.by_weights(self.log_evidence, self.ess, num_draws)
 
 
-@partial(jit_once, static_argnames=("num_draws",))
-def survey(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
+def by_plain_draws(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
     """By so many draws for each system."""
     x_key, latent_key = jax.random.split(rng_key)
     x_0 = sample_chain(x_key, factors.process, (num_draws, 1, *factors.reader.systems.batch_shape))
     log_r = factors.read(x_0, other_latents.draw(factors, latent_key, (num_draws, 1))).log_r
     return Survey(log_mean(log_r)[0], ess(log_r)[0])
+
+
+survey = jit_once(by_plain_draws, static_argnames=("num_draws",))
 
 
 class Judge:

@@ -81,14 +81,17 @@ class Target(Frozen):
         return found.log_prior, found.log_likelihood
 
 
-def read_target(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Target:
+def read_target(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, sampler: str = "TemperedSMC"
+) -> Target:
     """Reads a model's latents.
 
+    :param sampler: whose name errors say.
     :raises ValueError: naming the site: for discrete latents, a prior without a density, a subsampled plate; or where
         there is no latent.
     """
     messages = trace_model(model, args, kwargs).sites
-    _check(messages)
+    _check(messages, sampler)
     values = {n: unconstrained(m) for n, m in messages.items() if is_latent(m)}
     key = jax.random.key(0)
     program, densities = trace_with_arrays(model, args, kwargs, lambda program: Traced(_measure, program, values))
@@ -96,10 +99,10 @@ def read_target(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     return Target(program, draws, densities, tuple((n, u.shape, u.dtype) for n, u in values.items()))
 
 
-def _check(messages: Mapping[str, Message]) -> None:
+def _check(messages: Mapping[str, Message], sampler: str) -> None:
     for name, site in messages.items():
         if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
-            raise ValueError(f"plate {name!r} is subsampled: TemperedSMC needs the whole likelihood")
+            raise ValueError(f"plate {name!r} is subsampled: {sampler} needs the whole likelihood")
         if not is_latent(site):
             continue
         if isinstance(base_of(site), DiffusionPrior):
@@ -109,8 +112,8 @@ def _check(messages: Mapping[str, Message]) -> None:
             )
         if site["fn"].support.is_discrete:
             raise ValueError(
-                f"site {name!r} is discrete: TemperedSMC is for continuous latents. Run it for each value, given "
-                "by handlers.condition, and weigh the runs by their log_evidence; or take NUTS, which sums it "
+                f"site {name!r} is discrete: {sampler} is for continuous latents. Run it for each value, given "
+                "by handlers.condition, and weigh the runs by their evidence; or take NUTS, which sums it "
                 "out, by infer={'enumerate': 'parallel'}"
             )
     if not any(map(is_latent, messages.values())):

@@ -23,6 +23,7 @@ from pp_diffusion.states.space import (
     Size,
     StateSpace,
     Words,
+    flattened,
     in_one_axis,
     merged,
     parted,
@@ -67,8 +68,12 @@ class FiniteProposal(NamedTuple):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the probability that they are drawn with."""
         x = self.drawn.draw(rng_key)
-        log_ratio = in_one_axis(lambda p, m, x: (p.log_prob(x) - m.log_prob(x)).sum(-1), self.reverse, self.drawn, x)
-        return x.reshape(shape), log_ratio
+        return x.reshape(shape), self.log_ratio(x)
+
+    def log_ratio(self, x: Array) -> Array:
+        """log p - log of the probability of being drawn, at states; shape ``(P, C, S)``."""
+        x = flattened(x)
+        return in_one_axis(lambda p, m, x: (p.log_prob(x) - m.log_prob(x)).sum(-1), self.reverse, self.drawn, x)
 
     def where(self, condition: Array) -> FiniteProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pp_diffusion.matrices import einsum, half_log_det, solve, solve_lower
-from pp_diffusion.states.space import in_one_axis
+from pp_diffusion.states.space import flattened, in_one_axis
 
 
 class NormalProposal(NamedTuple):
@@ -70,6 +70,22 @@ class NormalProposal(NamedTuple):
         squares = 0.5 * ((white**2).sum(-1) - (white_e**2).sum(-1) + (rest**2).sum(-1))
         return squares - (of_e * around).sum(-1) + half_log_det(root_R) - half_log_det(root_S)
 
+    def log_ratio(self, x: Array) -> Array:
+        """log p - log of the proposal's density at states, shape ``(P, C, S)``.
+
+        By Bayes's rule: the proposal is p given e, so that the ratio is N(e; 0, S) over N(e; G n, R).
+        """
+        return in_one_axis(NormalProposal._log_ratio_at, self, flattened(x))
+
+    def _log_ratio_at(self, x: Array) -> Array:
+        n = _noise_of(x, self.mean, self.scale)
+        # a shift moves all of the proposal
+        before = n if self.shift is None else n - self.shift
+        by_noise = jnp.where(self.share > 0, self.share * einsum("...kd,...d->...k", self.G, before), 0.0)
+        white, white_e = solve_lower(self.root_R, self.e - by_noise), solve_lower(self.root_S, self.e)
+        squares = 0.5 * ((white**2).sum(-1) - (white_e**2).sum(-1) + ((before - n) * (before + n)).sum(-1))
+        return squares + half_log_det(self.root_R) - half_log_det(self.root_S) + self.log_known
+
     def where(self, condition: Array) -> NormalProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
         return in_one_axis(NormalProposal._chosen, self, condition)
@@ -122,6 +138,15 @@ class DiagonalProposal(NamedTuple):
         log_ratio = (0.5 * (n - moved) * (n + moved) + jnp.log(self.spread)).sum(-1)
         return self.mean + self.scale * moved, log_ratio + self.log_known
 
+    def log_ratio(self, x: Array) -> Array:
+        """log p - log of the proposal's density at states, shape ``(P, C, S)``."""
+        return in_one_axis(DiagonalProposal._log_ratio_at, self, flattened(x))
+
+    def _log_ratio_at(self, x: Array) -> Array:
+        moved = _noise_of(x, self.mean, self.scale)
+        n = (moved - self.shift) / self.spread
+        return (0.5 * (n - moved) * (n + moved) + jnp.log(self.spread)).sum(-1) + self.log_known
+
     def where(self, condition: Array) -> DiagonalProposal:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
         holds = condition[..., None]
@@ -131,3 +156,8 @@ class DiagonalProposal(NamedTuple):
     def is_finite(self) -> Array:
         """Of shape ``(P, C, S)``."""
         return (jnp.isfinite(self.shift) & jnp.isfinite(self.spread)).all(-1)
+
+
+def _noise_of(x: Array, mean: Array, scale: Array) -> Array:
+    """A step's standard normal noise; that of coordinates that are set is zero."""
+    return jnp.where(scale > 0, (x - mean) / jnp.where(scale > 0, scale, 1.0), 0.0)

@@ -60,6 +60,9 @@ class Proposal(Protocol):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p(x_{t-1} | x_t) - log of the density that they are drawn from."""
 
+    def log_ratio(self, x: Array) -> Array:
+        """The same logarithm at states that were drawn elsewhere, shape ``(P, C, S)``."""
+
     def where(self, condition: Array) -> Self:
         """The step itself where ``condition``, of shape ``(P, C, S)``, does not hold."""
 

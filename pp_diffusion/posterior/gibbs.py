@@ -1,0 +1,155 @@
+"""Gibbs sweeps over x and the other latents of a model, as pure functions of one chain: :func:`begin`, :func:`advance`.
+
+A sweep draws each system's trajectory by :func:`~pp_diffusion.posterior.conditional.sweep`, given the other latents,
+and then these by a step of NumPyro's NUTS, given x. Rows that share latents are independent systems given these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.infer.hmc import hmc
+
+from pp_diffusion.chain import draw_state, start, walk_to_x_1
+from pp_diffusion.frozen import Frozen
+from pp_diffusion.posterior.conditional import sweep
+from pp_diffusion.posterior.program import Latents
+from pp_diffusion.posterior.smc import Sampler
+from pp_diffusion.posterior.target import Target
+
+#: Draws of the prior, of which a chain starts at the one with the largest likelihood.
+NUM_STARTS = 16
+
+
+class GibbsState(NamedTuple):
+    """Where a chain is.
+
+    :ivar path: x's trajectory, shape ``(T + 1, 1, S, *state_shape)``.
+    :ivar hmc: the other latents, and NUTS's adaptation.
+    :ivar is_new: whether the last sweep changed a system's :math:`x_0`; shape ``(S,)``.
+    :ivar least_ess: of its particles, at any step; shape ``(S,)``.
+    :ivar rng_key: for the sweeps to come.
+    """
+
+    path: Array
+    hmc: Any
+    is_new: Array
+    least_ess: Array
+    rng_key: Array
+
+
+class Gibbs(Frozen):
+    """A model read twice: x given the other latents, and these given x.
+
+    :param sampler: of x; the first argument of its program holds the other latents.
+    :param target: of these; the first argument of its program is x.
+    :param names: theirs.
+    :param num_particles: for each system.
+    :param num_warmup: sweeps in which NUTS adapts itself.
+    :param target_accept_prob: of NUTS.
+    """
+
+    data_fields = ("sampler", "target")
+
+    sampler: Sampler
+    target: Target
+    names: tuple[str, ...]
+    num_particles: int
+    num_warmup: int
+    target_accept_prob: float
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        target: Target,
+        names: tuple[str, ...],
+        *,
+        num_particles: int,
+        num_warmup: int,
+        target_accept_prob: float = 0.8,
+    ) -> None:
+        self._set(sampler=sampler, target=target, names=names, num_particles=num_particles)
+        self._set(num_warmup=num_warmup, target_accept_prob=target_accept_prob)
+
+    def target_at(self, x: Array) -> Target:
+        """The other latents' density, given x in data units and the shape of its site."""
+        return self.target.replace(program=self.target.program.with_first(x))
+
+    def sampler_at(self, latents: Latents) -> Sampler:
+        """That of x, given the other latents."""
+        factors = self.sampler.factors
+        reader = factors.reader.replace(program=factors.reader.program.with_first(latents))
+        return self.sampler.replace(factors=factors.replace(reader=reader))
+
+    def x_of(self, path: Array) -> Array:
+        """x in data units and the shape of its site."""
+        factors = self.sampler.factors
+        return factors.to_site(factors.in_data_units(path[0, 0])).astype(factors.reader.systems.dtype)
+
+    def sites(self, state: GibbsState) -> dict[str, Array]:
+        """All latent and deterministic sites."""
+        return self.target_at(self.x_of(state.path)).measure(state.hmc.z).sites
+
+    def _potential(self, x: Array) -> Callable[[Array], Array]:
+        target = self.target_at(x)
+
+        def potential(position: Array) -> Array:
+            log_prior, log_likelihood = target.log_densities(position)
+            return -(log_prior + log_likelihood)
+
+        return potential
+
+    def nuts(self, rng_key: Array, position: Array, x: Array) -> tuple[Any, Callable[[Any, Array], Any]]:
+        """NumPyro's own: its first state, and its step given x."""
+        init, sample = hmc(potential_fn_gen=self._potential, algo="NUTS")
+        settings = {"target_accept_prob": self.target_accept_prob, "model_args": (x,), "rng_key": rng_key}
+        first = init(position, self.num_warmup, **settings)
+
+        def step(state: Any, x: Array) -> Any:
+            potential, gradient = jax.value_and_grad(self._potential(x))(state.z)
+            return sample(state._replace(potential_energy=potential, z_grad=gradient), (x,), {})
+
+        return first, step
+
+
+def begin(gibbs: Gibbs, rng_key: Array) -> GibbsState:
+    """A chain at the likeliest of some draws of the prior."""
+    draw_key, path_key, nuts_key, rng_key = jax.random.split(rng_key, 4)
+    positions = jax.vmap(gibbs.target.draw)(jax.random.split(draw_key, NUM_STARTS))
+    paths = _prior_paths(path_key, gibbs.sampler)
+    x = jax.vmap(gibbs.x_of)(paths)
+    found = jax.vmap(lambda x, position: gibbs.target_at(x).log_densities(position)[1])(x, positions)
+    best = jnp.argmax(found)
+    first, _ = gibbs.nuts(nuts_key, positions[best], x[best])
+    systems = jnp.zeros(gibbs.sampler.factors.num_systems)
+    return GibbsState(paths[best], first, systems.astype(bool), systems, rng_key)
+
+
+def _prior_paths(rng_key: Array, sampler: Sampler) -> Array:
+    """Trajectories of the prior, shape ``(NUM_STARTS, T + 1, 1, S, …)``."""
+    factors = sampler.factors
+    process, kernel = factors.process, factors.prior.kernel
+    last_key, rng_key = jax.random.split(rng_key)
+    batch = (NUM_STARTS, 1, *factors.reader.systems.batch_shape)
+    x_T, keys = start(rng_key, kernel, process.rates, batch)
+    x_1, between = walk_to_x_1(process, process.rates, draw_state(kernel), x_T, keys, keep_path=True)
+    x_0 = kernel.as_state(process.last(x_1).sample(last_key))
+    whole = [x_0[None], x_T[None]] if between is None else [x_0[None], between, x_T[None]]
+    return jnp.moveaxis(jnp.concatenate(whole), 0, 1)
+
+
+def advance(gibbs: Gibbs, state: GibbsState) -> GibbsState:
+    """A sweep: the trajectories, and then the other latents."""
+    sweep_key, rng_key = jax.random.split(state.rng_key)
+    x = gibbs.x_of(state.path)
+    # NUTS knows how to adapt itself once it has begun
+    _, nuts = gibbs.nuts(sweep_key, state.hmc.z, x)
+    sites = gibbs.target_at(x).measure(state.hmc.z).sites
+    sampler = gibbs.sampler_at({name: sites[name] for name in gibbs.names})
+    swept = sweep(sweep_key, sampler, state.path, gibbs.num_particles)
+    after = nuts(state.hmc, gibbs.x_of(swept.path))
+    return GibbsState(swept.path, after, swept.is_new, swept.least_ess, rng_key)

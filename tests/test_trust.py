@@ -1,0 +1,93 @@
+"""Trust: nothing is flagged where all is right, and what is broken is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import pp_diffusion as ppd
+from pp_diffusion.posterior.trust import Trust, flags_of
+
+KEY = jax.random.key(0)
+PRIOR = ppd.Diffusion(  # the exact reverse process of N(0, 1)
+    ppd.GaussianKernel((2,)), ppd.FixedSchedule.constant_erasure(6), lambda x_t, t: (0 * x_t, 0 * x_t)
+).prior({})
+SETTINGS = {"num_simulations": 40, "num_particles": 200}
+
+
+def model(y, mean, scale, noise):
+    """Data from N(0, 1); what the prior says of them is given."""
+    x = numpyro.sample("x", PRIOR)
+    numpyro.sample("y", dist.Normal(mean + scale * x, noise).to_event(1), obs=y)
+
+
+def arguments(seed, mean=0.0, scale=1.0):
+    """What was seen at a draw of N(0, 1) with noise, by a prior of N(mean, scale²)."""
+    rng = np.random.default_rng(seed)
+    noise = float(np.exp(rng.uniform(-2, 0.5)))
+    y = rng.normal(size=2) + noise * rng.normal(size=2)
+    return tuple(jnp.asarray(a, jnp.float32) for a in (y, mean, scale, noise))
+
+
+def sound(**changes):
+    """What is right, but for changes."""
+    rng = np.random.default_rng(0)
+    found = Trust(
+        (),
+        {"x": rng.integers(0, 20, size=(40, 2))},
+        19,
+        {"x": 0.9},
+        np.zeros(40),
+        np.full(40, 0.1),
+        ("believable",) * 40,
+        rng.normal(size=40),
+        0.3,
+        "believable",
+    )
+    return found._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 12}}, "to one side"),
+        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "too wide"),
+        ({"ranks": {"x": np.arange(80).reshape(2, 40).T % 2 * 19}}, "too narrow"),
+        ({"pareto_k": np.full(40, 0.8)}, "Pareto k of 0.80"),
+        ({"spread": np.full(40, 0.6)}, "between chains"),
+        ({"verdicts": ("collapsed",) * 5 + ("believable",) * 35}, "on 5 of 40 simulated"),
+        ({"verdict": "collapsed"}, "on the data"),
+        ({"log_evidence": -6.0}, "below"),
+        ({"log_evidence": 6.0}, "above"),
+    ],
+)
+def test_flags(changes, word):
+    assert flags_of(sound()) == ()
+    (flag,) = flags_of(sound(**changes))
+    assert word in flag
+
+
+@pytest.mark.slow
+def test_a_right_model_and_a_prior_in_conflict():
+    fine = ppd.trust(KEY, model, arguments(1), **SETTINGS)
+    assert fine.ok, fine.summary()
+    assert fine.ranks["x"].shape == (40, 2) and 0.75 < fine.coverage["x"] <= 1.0
+    assert "nothing speaks against" in fine.summary()
+    truth = dist.Normal(0.0, jnp.hypot(1.0, arguments(1)[3])).log_prob(arguments(1)[0]).sum()
+    assert abs(fine.log_evidence - truth) < 1e-3  # the twist is exact
+    far = ppd.trust(KEY, model, arguments(1, mean=8.0), **SETTINGS)
+    assert not far.ok and "conflict" in far.flags[0] and "FLAG" in far.summary()
+
+
+def test_what_cannot_be_simulated():
+    def factor(y):
+        numpyro.factor("r", -((numpyro.sample("x", PRIOR) - y) ** 2).sum())
+
+    with pytest.raises(ValueError, match=r"site 'r' is a numpyro.factor"):
+        ppd.trust(KEY, factor, (1.0,))
+    with pytest.raises(ValueError, match="num_simulations must be at least 20"):
+        ppd.trust(KEY, model, arguments(0), num_simulations=3)
+    with pytest.raises(TypeError, match="rng_key must be a JAX random key"):
+        ppd.trust(0, model, arguments(0))
