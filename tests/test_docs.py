@@ -40,7 +40,11 @@ RUN_ELSEWHERE = {
 #: What a block may take for granted, and the sizes that are made small; each is to be found on the page.
 SMALL = {
     "likelihood": {"num_trajectories=256": "num_trajectories=32", "another_key, 768": "another_key, 32"},
-    "posteriors": {"num_particles=1024, num_chains=8": "num_particles=16, num_chains=8, progress_bar=False"},
+    "posteriors": {
+        "num_particles=1024, num_chains=8": "num_particles=16, num_chains=8, progress_bar=False",
+        "ParticleGibbs(model, num_particles=4, num_chains=4)": "ParticleGibbs(regression, num_warmup=2, num_samples=4)",
+        "rng_key, seen, y)": "rng_key, x[:3], x[:3, 0])",
+    },
     "flow": {"num_particles=1000": "num_particles=16", "(1000,)": "(10,)"},
     "training": {
         "table)  # 200": "table, num_steps=20)  # 200",
@@ -77,7 +81,16 @@ def given(folder):
         name: ppd.estimate_log_prob(jax.random.key(2), fit.prior, x[:5], num, progress_bar=False)
         for name, num in (("short", 30), ("long", 40))
     }
+
+    def regression(seen, y):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(y)):
+            row = numpyro.sample("x", fit.prior)
+            numpyro.sample("seen", dist.Normal(row, 0.5).to_event(1), obs=seen)
+            numpyro.sample("y", dist.Normal(slope * row[..., 0], 1.0), obs=y)
+
     return {
+        "regression": regression,
         **{"jax": jax, "jnp": jnp, "np": np, "numpy": numpy, "numpyro": numpyro, "dist": dist, "ppd": ppd, "az": az},
         **{"MCMC": MCMC, "NUTS": NUTS, "constraints": constraints, "diffusion": diffusion, "fit": fit},
         **{"prior": fit.prior, "schedule": ppd.FixedSchedule.log_linear(6), "network": ppd.networks.MLP((8,))},
