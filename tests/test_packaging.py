@@ -23,6 +23,7 @@ def run(*command, **settings):
 
 @pytest.mark.slow
 def test_wheel_and_sdist(tmp_path):
+    pytest.importorskip("build")
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT)
     (wheel,), (sdist,) = (list((tmp_path / "dist").glob(ending)) for ending in ("*.whl", "*.tar.gz"))
     with zipfile.ZipFile(wheel) as archive:
