@@ -18,6 +18,7 @@ FIGURES = {
     "gallery/heartbeat": ("tutorials/binary", 0),
     "gallery/posterior_digits": ("tutorials/images", 1),
     "gallery/regression": ("tutorials/conditional", 0),
+    "gallery/missing_values": ("tutorials/missing", 0),
     "gallery/likelihood": ("tutorials/table", 1),
     "gallery/quasi_static": ("guides/likelihood", 0),
     "gallery/schedules": ("guides/symbols", 0),
