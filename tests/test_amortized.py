@@ -60,6 +60,7 @@ def test_pairs_are_those_of_the_model(amortized):
     assert np.corrcoef(context["z"][:, 0], np.exp(latents[:, 0]))[0, 1] > 0.8
 
 
+@pytest.mark.slow
 def test_a_summary_is_the_context(amortized):
     """Of the sites in their own shapes; it moves no answer's target."""
     own = train(summary=lambda sites: jnp.stack([sites["y"].mean(), 1.0 * sites["z"]]))
@@ -67,6 +68,7 @@ def test_a_summary_is_the_context(amortized):
     assert own.sample(KEY, 3, **DATA)["x"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_simulations_without_end():
     endless = train(num_simulations=None, batch_size=16)
     assert len(endless.fit.validation.values) == 1 and np.isfinite(endless.fit.losses).all()

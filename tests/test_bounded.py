@@ -49,7 +49,7 @@ def diffusion_of(name, data, network=None, **settings):
     return ppd.Diffusion(ppd.GaussianKernel((size,)), schedule, network, transform=transform, **settings)
 
 
-@pytest.fixture(params=LAWS)
+@pytest.fixture(params=["box", *(pytest.param(n, marks=pytest.mark.slow) for n in ("positive", "simplex"))])
 def name(request):
     return request.param
 

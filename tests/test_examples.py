@@ -67,6 +67,7 @@ LONG = (
     "simulation",
     "regression",
     "digits_given_label",
+    "composition_bias",
 )
 
 

@@ -285,6 +285,7 @@ def test_batches_in_parts_have_the_gradient_of_their_mean():
         fit(num_steps=1, accumulate=7, batch_size=60)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing():
     mesh = jax.make_mesh((1,), ("data",))
     settings = {"num_steps": 20, "val_prop": 0.2}

@@ -88,7 +88,9 @@ def run(density, y, num_particles=200, num_chains=8, key=0):
     return smc
 
 
-@pytest.mark.parametrize("name", ["exponential", "counts", "a square"])
+@pytest.mark.parametrize(
+    "name", ["exponential", *(pytest.param(n, marks=pytest.mark.slow) for n in ("counts", "a square"))]
+)
 def test_evidence_and_draws(name):
     """Where x_0 given x_t is normal, the twist is exact: 200 particles do what thousands could not."""
     density, y = DENSITIES[name]

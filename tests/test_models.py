@@ -98,7 +98,12 @@ def images_case(name, monkeypatch):
     return script.diffusion(network, **units), x, units
 
 
-@pytest.mark.parametrize("name", [*CASES, *IMAGES])
+QUICK = ("swiss_roll", "digits", "cifar10")  # one of a kind
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*CASES, *IMAGES)]
+)
 def test_script_has_the_densities_of_diffusion(name, monkeypatch):
     script = ALL[name]
     diffusion, x, units = images_case(name, monkeypatch) if name in IMAGES else CASES[name]()
@@ -138,6 +143,7 @@ def test_script_generates(name):
     assert drawn["x"].shape[2:] == x.shape[1:]
 
 
+@pytest.mark.slow
 def test_regression_has_the_densities_of_diffusion():
     context, y = regression.simulate(jax.random.key(0), 3)
     units = {"loc": y.mean(0), "scale": y.std(0)}
@@ -158,6 +164,7 @@ def test_regression_has_the_densities_of_diffusion():
             np.testing.assert_allclose(written_out[site], expected[site], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_moons_are_normalised():
     """The crescent's density integrates to one and is that of its draws; so is the posterior for y = 0."""
     grid = jnp.linspace(-0.2, 0.2, 1601)

@@ -166,7 +166,7 @@ def run_svi(svi, num_steps, *args, **kwargs):
     return svi.run(jax.random.key(0), num_steps, *args, progress_bar=False, **kwargs)
 
 
-@pytest.mark.parametrize("pair", ["bound", "whole"])
+@pytest.mark.parametrize("pair", [pytest.param("bound", marks=pytest.mark.slow), "whole"])
 def test_svi_trains_the_network_and_a_learned_schedule(pair):
     model, guide = (LINEN.bound_model, LINEN.bound_guide) if pair == "bound" else (LINEN.model, LINEN.guide)
     settings = {"num_times": 3} if pair == "bound" else {"batch_size": 3}

@@ -273,6 +273,7 @@ def test_nuts_on_a_correlated_prior():
     )
 
 
+@pytest.mark.slow
 def test_nuts_with_other_latents_and_data_units():
     """x = 3 + 2z, y_i ~ N(loc + x, 1) for three i: jointly Gaussian, and so exact."""
     prior, y = standard_normal(transform=AffineTransform(3.0, 2.0)), np.array([4.0, 5.5, 4.3])

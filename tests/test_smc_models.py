@@ -92,6 +92,7 @@ def test_deterministic_sites():
 # --- plates whose elements are not independent -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_neighbours_couple_a_plate():
     """y_n ~ N(x_n - x_{n+1}, 1/2): no element can be inferred alone, the first one by anything but y_1 though."""
     y, matrix = np.array([1.0, -2.0, 1.5]), np.eye(3) - np.eye(3, k=1)

@@ -210,7 +210,9 @@ def test_in_data_units():
 # --- in every figure -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["affine", "affine_then_exp", "blocks"])
+@pytest.mark.parametrize(
+    "name", ["affine_then_exp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("affine", "blocks"))]
+)
 def test_every_figure_carries_the_jacobian(name):
     """The figures in data units are those of the model's space, less log |dx/dz|, for skewed data."""
     transform, x = TRANSFORMS[name], DATA[:6]

@@ -155,7 +155,11 @@ def trained():
 
 @pytest.mark.parametrize(
     "last_step, num_timesteps",
-    [pytest.param("kernel", 6, marks=pytest.mark.slow), ("network", 6), ("kernel", 4)],
+    [
+        pytest.param("kernel", 6, marks=pytest.mark.slow),
+        pytest.param("network", 6, marks=pytest.mark.slow),
+        ("kernel", 4),
+    ],
 )
 def test_a_trained_model_of_words(last_step, num_timesteps):
     """The mean over repetitions of exp(value) is p(x), and K the enumerated one: |z| < 4.5 for every word, the squares
