@@ -14,7 +14,8 @@ Parts: ``GaussianKernel`` (numbers) and ``BinomialKernel`` (bits); ``FixedSchedu
 ``networks`` (MLP, UNet, ...), or any callable; ``standardize``, ``whiten``, ``transform_to``.
 Judging: ``lower_bound``, ``estimate_log_prob``, ``entropy_bounds``, ``reverse_entropy``; ``plotting``; ``units``.
 For NUTS and SVI: ``diffusion.flow(params)``, a density; ``FlowReparam``, ``TrajectoryReparam``; ``solvers``.
-Posteriors and evidences: ``SMC``, ``TemperedSMC``, ``amortize``, ``compare_evidence``, ``perturb``.
+Posteriors and evidences: ``SMC``, ``ParticleGibbs``, ``TemperedSMC``, ``amortize``, ``trust``, ``compare_evidence``;
+``perturb``, the paper's own composition.
 Files: ``save``, ``load``, ``load_fit``. Example data: ``datasets``. ``python -m pp_diffusion`` prints versions.
 """
 

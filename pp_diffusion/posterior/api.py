@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from pp_diffusion.posterior.outcome import print_moments
 from pp_diffusion.posterior.particles import log_mean
 from pp_diffusion.posterior.report import Run
 from pp_diffusion.posterior.smc import Sampler, SMCInfo, SMCState, finish, init, step
-from pp_diffusion.posterior.survey import Judge, survey
+from pp_diffusion.posterior.survey import PLAIN_SHARE, Judge, num_plain_draws, survey
 from pp_diffusion.posterior.twists import as_twist
 from pp_diffusion.posterior.verdicts import BELIEVABLE, Plain
 from pp_diffusion.sharding import Layout, as_layout
@@ -87,7 +86,7 @@ class SMC:
         ess_threshold: float = 0.5,
         num_chains: int = 1,
         num_moves: int = 5,
-        plain_share: float = 0.125,
+        plain_share: float = PLAIN_SHARE,
         mesh: jax.sharding.Mesh | None = None,
         progress_bar: bool = True,
     ) -> None:
@@ -150,10 +149,8 @@ class SMC:
 
     def _plain(self, rng_key: Array, factors: Factors) -> Plain | None:
         """The evidence by plain draws of the prior."""
-        number = math.ceil(self.plain_share * self.num_particles * self.num_chains)
-        if not number or factors.num_known:  # no draw meets what is known exactly
-            return None
-        return survey(rng_key, factors, number).plain(number)
+        number = num_plain_draws(factors, self.num_particles * self.num_chains, self.plain_share)
+        return survey(rng_key, factors, number).plain(number) if number else None
 
     @property
     def _done(self) -> Run:

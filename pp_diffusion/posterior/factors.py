@@ -76,6 +76,10 @@ class Factors(Frozen):
     def __reduce__(self) -> Any:
         return read_model, self.reader.program.call  # what is traced cannot be pickled
 
+    def with_first(self, argument: Any) -> Factors:
+        """Those of another first argument of the model; see :meth:`Program.with_first`."""
+        return self.replace(reader=self.reader.replace(program=self.reader.program.with_first(argument)))
+
     # --- what is fixed ---
 
     @property

@@ -81,9 +81,7 @@ class Gibbs(Frozen):
 
     def sampler_at(self, latents: Latents) -> Sampler:
         """That of x, given the other latents."""
-        factors = self.sampler.factors
-        reader = factors.reader.replace(program=factors.reader.program.with_first(latents))
-        return self.sampler.replace(factors=factors.replace(reader=reader))
+        return self.sampler.replace(factors=self.sampler.factors.with_first(latents))
 
     def x_of(self, path: Array) -> Array:
         """x in data units and the shape of its site."""
@@ -146,8 +144,8 @@ def advance(gibbs: Gibbs, state: GibbsState) -> GibbsState:
     """A sweep: the trajectories, and then the other latents."""
     sweep_key, rng_key = jax.random.split(state.rng_key)
     x = gibbs.x_of(state.path)
-    # NUTS knows how to adapt itself once it has begun
-    _, nuts = gibbs.nuts(sweep_key, state.hmc.z, x)
+    # NUTS knows how to adapt itself once it has begun; where it begins is dropped
+    _, nuts = gibbs.nuts(state.hmc.rng_key, state.hmc.z, x)
     sites = gibbs.target_at(x).measure(state.hmc.z).sites
     sampler = gibbs.sampler_at({name: sites[name] for name in gibbs.names})
     swept = sweep(sweep_key, sampler, state.path, gibbs.num_particles)

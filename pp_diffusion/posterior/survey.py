@@ -23,6 +23,8 @@ from pp_diffusion.posterior.prediction import predict
 from pp_diffusion.posterior.verdicts import Plain
 from pp_diffusion.reverse import ReverseProcess
 
+#: Plain draws of each system for each of its particles.
+PLAIN_SHARE = 0.125
 #: Draws, of all systems together, by which predictions are judged.
 NUM_JUDGED = 256
 
@@ -40,6 +42,11 @@ class Survey(NamedTuple):
     def plain(self, num_draws: int) -> Plain:
         """The evidence with its error."""
         return Plain.by_weights(self.log_evidence, self.ess, num_draws)
+
+
+def num_plain_draws(factors: Factors, num_particles: int, share: float = PLAIN_SHARE) -> int:
+    """How many for so many particles; none where numbers of x are known exactly, which no draw meets."""
+    return 0 if factors.num_known else math.ceil(share * num_particles)
 
 
 def by_plain_draws(rng_key: Array, factors: Factors, num_draws: int) -> Survey:

@@ -29,7 +29,7 @@ from pp_diffusion.posterior.outcome import Outcome
 from pp_diffusion.posterior.program import full_precision, trace_model
 from pp_diffusion.posterior.report import independent_of, pooled
 from pp_diffusion.posterior.smc import Sampler, finish, init, step
-from pp_diffusion.posterior.survey import Judge, Survey, by_plain_draws
+from pp_diffusion.posterior.survey import Judge, Survey, by_plain_draws, num_plain_draws
 from pp_diffusion.posterior.twists import as_twist
 from pp_diffusion.posterior.verdicts import BELIEVABLE, COLLAPSED, DOUBTFUL, Findings
 
@@ -178,8 +178,8 @@ def trust(
     ranked = (factors.name, *(site.name for site in factors.latents))
     truth = {n: jnp.concatenate([truths[n][:1], truths[n]]) for n in ranked}
     keys = jax.random.split(run_key, num_simulations + 1)
-    plain = 0 if factors.num_known else -(-num_particles * num_chains // 8)
-    runs = _run_all(sampler, values, truth, keys, positive_int("num_particles", num_particles), num_chains, plain)
+    plain = num_plain_draws(factors, positive_int("num_particles", num_particles) * num_chains)
+    runs = _run_all(sampler, values, truth, keys, num_particles, num_chains, plain)
     return _judged(jax.tree.map(np.asarray, runs), factors.systems, plain)
 
 
@@ -223,12 +223,12 @@ def _run_all(
     sampler: Sampler, values: Any, truths: Any, keys: Array, num_particles: int, num_chains: int, num_plain: int
 ) -> _Runs:
     """SMC on each of these values."""
-    factors, reader = sampler.factors, sampler.factors.reader
+    factors = sampler.factors
 
     def one(at: tuple[Any, Any, Array]) -> _Runs:
         values, truth, key = at
         run_key, few_key, tie_key, plain_key = jax.random.split(key, 4)
-        now = factors.replace(reader=reader.replace(program=reader.program.with_first(values)))
+        now = factors.with_first(values)
         mine = sampler.replace(factors=now)
         state = init(run_key, mine, num_particles, num_chains)
         state, infos = jax.lax.scan(lambda s, _: step(mine, s), state, length=mine.num_timesteps - 1)

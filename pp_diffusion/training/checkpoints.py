@@ -83,7 +83,7 @@ class Checkpoints:
                 checkpointer.save(self.folder / str(checkpoint.step), args=items, force=True)
             if jax.process_index() == 0:
                 for path in self._steps()[:-KEPT]:
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)  # what was written is there all the same
         except Exception as error:  # the file system's and tensorstore's complaints
             warnings.warn(
                 f"no checkpoint could be written at update {checkpoint.step} in {self.folder}: "
