@@ -313,7 +313,10 @@ def _found_at(
     prediction = predict_at(x)
 
     def at(latents: Latents) -> Position:
-        found = with_fallback(sampler.twist_at(state, prediction, latents), fallback)
+        # tied to each other: nothing of a gradient is computed before a loop over latents and kept for it
+        covariance, latents = jax.lax.optimization_barrier((prediction.covariance, latents))
+        found = sampler.twist_at(state, prediction._replace(covariance=covariance), latents)
+        found = with_fallback(found, fallback)
         log_prior = sampler.factors.read(x, latents).log_prior
         return Position(latents, found.log_twist + log_prior, found)
 

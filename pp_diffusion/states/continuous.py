@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
+from jax.tree_util import Partial
 
 from pp_diffusion.schedules import Rates
 from pp_diffusion.states.conditioning import condition
@@ -66,19 +67,20 @@ class Continuous(StateSpace):
             law = self.kernel.x_0_given(x_t, reverse, rates)
             return law.mean, (reverse, law)
 
-        mean, pull, (reverse, law) = jax.vjp(mean_and_all, x_t, has_aux=True)
+        # of a gradient the products alone are kept: in a loop over latents all else is as cheap to compute as to read
+        kept = jax.checkpoint(mean_and_all, policy=_is_product, prevent_cse=False)
+        mean, pull, (reverse, law) = jax.vjp(kept, x_t, has_aux=True)
         variance, by_jacobian = law.variance, rates.log_snr > LEAST_LOG_SNR
         factor = rates.erased / jnp.sqrt(jnp.where(by_jacobian, rates.alpha_bar, 1.0))
-
-        def covariance(v: Array) -> Array:
-            return jnp.where(by_jacobian, factor * pull(v)[0], variance * v)
-
+        covariance = Partial(_tweedie, by_jacobian, factor, pull, variance)
         slope = jnp.sqrt(rates.previous_alpha_bar) * rates.innovation
         return Prediction(x_t, rates, reverse, mean, variance, covariance, slope, False, law)
 
     def predict_itself(self, x: Array, rates: Rates, step: dist.Distribution) -> Prediction:
         variance = step.variance
-        return Prediction(x, rates, step, step.mean, variance, lambda v: variance * v, jnp.ones(()), True, step)
+        return Prediction(
+            x, rates, step, step.mean, variance, Partial(jnp.multiply, variance), jnp.ones(()), True, step
+        )
 
     def errors(self, prediction: Prediction, x_0: Array, rng_key: Array) -> Errors:
         return errors(prediction, x_0, rng_key)
@@ -140,6 +142,16 @@ class Continuous(StateSpace):
     def pair(self, rng_key: Array, batch_shape: tuple[int, ...], spread: Array | float) -> Array:
         draws = self.kernel.stationary().sample(rng_key, (2, *batch_shape))
         return self.kernel.as_state((0.5 + 3 * spread) * draws)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
+
+
+def _tweedie(
+    by_jacobian: Array, factor: Array, pull: Callable[[Array], tuple[Array]], variance: Array, v: Array
+) -> Array:
+    return jnp.where(by_jacobian, factor * pull(v)[0], variance * v)
 
 
 def _outlook(prediction: Prediction) -> Outlook:

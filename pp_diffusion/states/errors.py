@@ -7,11 +7,13 @@ network's Jacobian at low signal-to-noise ratio is noise, and fails that by orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from pp_diffusion.matrices import einsum
 from pp_diffusion.states.space import BATCH_NDIM, Prediction, flattened
@@ -57,16 +59,15 @@ def errors(prediction: Prediction, x_0: Array, rng_key: Array) -> Errors:
 
 def calibrated(prediction: Prediction, found: Errors) -> Prediction:
     """With the errors' own covariance where the Jacobian's is not to be trusted."""
-    is_trusted = found.ratio <= LARGEST_RATIO
+    return prediction._replace(covariance=Partial(_products, found, prediction.covariance))
 
-    def covariance(v: Array) -> Array:
-        if found.covariance.ndim == 1:
-            own = found.covariance * flattened(v)
-        else:
-            own = einsum("de,...e->...d", found.covariance, flattened(v))
-        return jnp.where(is_trusted, prediction.covariance(v), own.reshape(v.shape))
 
-    return prediction._replace(covariance=covariance)
+def _products(found: Errors, by_jacobian: Callable[[Array], Array], v: Array) -> Array:
+    if found.covariance.ndim == 1:
+        own = found.covariance * flattened(v)
+    else:
+        own = einsum("de,...e->...d", found.covariance, flattened(v))
+    return jnp.where(found.ratio <= LARGEST_RATIO, by_jacobian(v), own.reshape(v.shape))
 
 
 def _like(direction: Array, x: Array) -> Array:

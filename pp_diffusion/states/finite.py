@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array
+from jax.tree_util import Partial
 
 from pp_diffusion.schedules import Rates
 from pp_diffusion.states.entries import Categorical, Entries
@@ -139,7 +140,9 @@ class Finite(StateSpace):
         self, x: Array, rates: Rates, reverse: dist.Distribution, law: dist.Distribution, *, is_last: bool
     ) -> Prediction:
         mean, variance = (a.reshape(x.shape) for a in self.entries(law, x.shape).moments())
-        return Prediction(x, rates, reverse, mean, variance, lambda v: variance * v, jnp.ones(()), is_last, law)
+        return Prediction(
+            x, rates, reverse, mean, variance, Partial(jnp.multiply, variance), jnp.ones(()), is_last, law
+        )
 
     def _propose(self, prediction: Prediction, x_0: Entries) -> FiniteProposal:
         """The step in which x_0 has this law."""
