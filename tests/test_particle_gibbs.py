@@ -62,6 +62,22 @@ def test_log_ratio_of_normal_draws(shift):
     np.testing.assert_allclose(proposal.log_ratio(x), log_ratio, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_noise_of_normal_draws(shift):
+    """It gives the same states and ratio again, and is the standard normal one, of which x says as much as it does."""
+    proposal = normal_proposal(shift)
+    x, _ = proposal.draw(KEY, (4, 1, 2, 3))
+    noise = proposal.noise_of(jax.random.key(1), x)
+    again, log_ratio = proposal.from_noise(noise, x.shape)
+    np.testing.assert_allclose(again, x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_ratio, proposal.log_ratio(x), rtol=1e-3, atol=1e-3)
+    many = jax.tree.map(lambda a: jnp.repeat(a[:1], 20_000, 0), proposal)
+    noise = np.asarray(many.noise_of(jax.random.key(2), many.draw(KEY, (20_000, 1, 2, 3))[0]), np.float64)[:, 0, 0]
+    drawn = [0, 1, 3, 4]  # nothing was drawn for a coordinate that is set
+    np.testing.assert_allclose(np.cov(noise[:, drawn].T), np.eye(4), atol=0.05)
+    np.testing.assert_allclose(noise[:, drawn].mean(0), 0, atol=0.035)
+
+
 def test_log_ratio_of_other_draws():
     rng = np.random.default_rng(1)
     mean, scale, shift = (jnp.asarray(rng.uniform(0.5, 1.5, size=(4, 1, 2, 3)), jnp.float32) for _ in range(3))
@@ -70,6 +86,8 @@ def test_log_ratio_of_other_draws():
     for proposal in (diagonal, finite):
         x, log_ratio = proposal.draw(KEY, (4, 1, 2, 3))
         np.testing.assert_allclose(proposal.log_ratio(x), log_ratio, rtol=1e-4, atol=1e-5)
+    again, _ = diagonal.from_noise(diagonal.noise_of(KEY, x_0 := diagonal.draw(KEY, (4, 1, 2, 3))[0]), x_0.shape)
+    np.testing.assert_allclose(again, x_0, rtol=1e-5)
 
 
 # --- as a user meets it ---------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Gibbs sweeps over x and the other latents of a model, as pure functions of one chain: :func:`begin`, :func:`advance`.
 
 A sweep draws each system's trajectory by :func:`~pp_diffusion.posterior.conditional.sweep`, given the other latents,
-and then these by a step of NumPyro's NUTS, given x. Rows that share latents are independent systems given these.
+moves these and x together at fixed noise (:mod:`~pp_diffusion.posterior.held_noise`), and then draws them by a step of
+NumPyro's NUTS, given x. Rows that share latents are independent systems given these.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpyro.infer.hmc import hmc
 
 from pp_diffusion.chain import draw_state, start, walk_to_x_1
 from pp_diffusion.frozen import Frozen
+from pp_diffusion.posterior import held_noise
 from pp_diffusion.posterior.conditional import sweep
 from pp_diffusion.posterior.program import Latents
 from pp_diffusion.posterior.smc import Sampler
@@ -32,6 +34,8 @@ class GibbsState(NamedTuple):
     :ivar hmc: the other latents, and NUTS's adaptation.
     :ivar is_new: whether the last sweep changed a system's :math:`x_0`; shape ``(S,)``.
     :ivar least_ess: of its particles, at any step; shape ``(S,)``.
+    :ivar walk: what moves at fixed noise have learned of the other latents.
+    :ivar accepted: the share of the last sweep's that was accepted.
     :ivar rng_key: for the sweeps to come.
     """
 
@@ -39,6 +43,8 @@ class GibbsState(NamedTuple):
     hmc: Any
     is_new: Array
     least_ess: Array
+    walk: held_noise.Walk
+    accepted: Array
     rng_key: Array
 
 
@@ -49,8 +55,9 @@ class Gibbs(Frozen):
     :param target: of these; the first argument of its program is x.
     :param names: theirs.
     :param num_particles: for each system.
-    :param num_warmup: sweeps in which NUTS adapts itself.
+    :param num_warmup: sweeps in which NUTS adapts itself, and the random walk of the moves at fixed noise.
     :param target_accept_prob: of NUTS.
+    :param num_moves: at fixed noise, in a sweep.
     """
 
     data_fields = ("sampler", "target")
@@ -61,6 +68,7 @@ class Gibbs(Frozen):
     num_particles: int
     num_warmup: int
     target_accept_prob: float
+    num_moves: int
 
     def __init__(
         self,
@@ -71,9 +79,10 @@ class Gibbs(Frozen):
         num_particles: int,
         num_warmup: int,
         target_accept_prob: float = 0.8,
+        num_moves: int = 0,
     ) -> None:
         self._set(sampler=sampler, target=target, names=names, num_particles=num_particles)
-        self._set(num_warmup=num_warmup, target_accept_prob=target_accept_prob)
+        self._set(num_warmup=num_warmup, target_accept_prob=target_accept_prob, num_moves=num_moves)
 
     def target_at(self, x: Array) -> Target:
         """The other latents' density, given x in data units and the shape of its site."""
@@ -87,6 +96,16 @@ class Gibbs(Frozen):
         """x in data units and the shape of its site."""
         factors = self.sampler.factors
         return factors.to_site(factors.in_data_units(path[0, 0])).astype(factors.reader.systems.dtype)
+
+    def sampler_by(self, position: Array, x: Array) -> Sampler:
+        """That of x, given the other latents as one vector; what x is does not matter."""
+        sites = self.target_at(x).measure(position).sites
+        return self.sampler_at({name: sites[name] for name in self.names})
+
+    def log_density(self, position: Array, path: Array) -> Array:
+        """Of the other latents and all that is observed, given a trajectory."""
+        log_prior, log_likelihood = self.target_at(self.x_of(path)).log_densities(position)
+        return log_prior + log_likelihood
 
     def sites(self, state: GibbsState) -> dict[str, Array]:
         """All latent and deterministic sites."""
@@ -124,7 +143,8 @@ def begin(gibbs: Gibbs, rng_key: Array) -> GibbsState:
     best = jnp.argmax(found)
     first, _ = gibbs.nuts(nuts_key, positions[best], x[best])
     systems = jnp.zeros(gibbs.sampler.factors.num_systems)
-    return GibbsState(paths[best], first, systems.astype(bool), systems, rng_key)
+    walk = held_noise.Walk.begin(positions[best])
+    return GibbsState(paths[best], first, systems.astype(bool), systems, walk, jnp.zeros(()), rng_key)
 
 
 def _prior_paths(rng_key: Array, sampler: Sampler) -> Array:
@@ -141,13 +161,24 @@ def _prior_paths(rng_key: Array, sampler: Sampler) -> Array:
 
 
 def advance(gibbs: Gibbs, state: GibbsState) -> GibbsState:
-    """A sweep: the trajectories, and then the other latents."""
-    sweep_key, rng_key = jax.random.split(state.rng_key)
+    """A sweep: the trajectories, all together, and the other latents."""
+    sweep_key, move_key, rng_key = jax.random.split(state.rng_key, 3)
     x = gibbs.x_of(state.path)
     # NUTS knows how to adapt itself once it has begun; where it begins is dropped
     _, nuts = gibbs.nuts(state.hmc.rng_key, state.hmc.z, x)
-    sites = gibbs.target_at(x).measure(state.hmc.z).sites
-    sampler = gibbs.sampler_at({name: sites[name] for name in gibbs.names})
-    swept = sweep(sweep_key, sampler, state.path, gibbs.num_particles)
-    after = nuts(state.hmc, gibbs.x_of(swept.path))
-    return GibbsState(swept.path, after, swept.is_new, swept.least_ess, rng_key)
+    position = state.hmc.z
+    swept = sweep(sweep_key, gibbs.sampler_by(position, x), state.path, gibbs.num_particles)
+    path, accepted = swept.path, jnp.zeros(())
+    if gibbs.num_moves:
+        position, path, accepted = held_noise.move(
+            move_key,
+            lambda position: gibbs.sampler_by(position, x),
+            gibbs.log_density,
+            position,
+            path,
+            state.walk,
+            gibbs.num_moves,
+        )
+    after = nuts(state.hmc._replace(z=position), gibbs.x_of(path))
+    walk = state.walk.learn(after.z, state.walk.count < gibbs.num_warmup)
+    return GibbsState(path, after, swept.is_new, swept.least_ess, walk, accepted, rng_key)

@@ -39,6 +39,7 @@ class Sweeps(NamedTuple):
     :ivar num_steps: its leapfrog steps.
     :ivar renewed: the share of the systems whose x a sweep changed.
     :ivar least_ess: of the particles, in the system and at the step with the least.
+    :ivar moves_accepted: the share of the moves at fixed noise that was accepted.
     """
 
     sites: dict[str, Array]
@@ -47,6 +48,7 @@ class Sweeps(NamedTuple):
     num_steps: Array
     renewed: Array
     least_ess: Array
+    moves_accepted: Array
 
 
 class ParticleGibbs:
@@ -103,6 +105,7 @@ class ParticleGibbs:
         twist: Any = None,
         ess_threshold: float = 0.5,
         target_accept_prob: float = 0.8,
+        num_moves: int = 4,
         progress_bar: bool = True,
     ) -> None:
         if not callable(model):
@@ -117,6 +120,7 @@ class ParticleGibbs:
         self.num_warmup = positive_int("num_warmup", num_warmup)
         self.num_samples = positive_int("num_samples", num_samples)
         self.num_chains = positive_int("num_chains", num_chains)
+        self.num_moves = num_moves and positive_int("num_moves", num_moves)
         self.ess_threshold, self.target_accept_prob = float(ess_threshold), float(target_accept_prob)
         self._judge = Judge()
         self._sweeps: Sweeps | None = None
@@ -175,6 +179,7 @@ class ParticleGibbs:
             num_particles=self.num_particles,
             num_warmup=self.num_warmup,
             target_accept_prob=self.target_accept_prob,
+            num_moves=self.num_moves if factors.space.has_noise and not factors.is_exact else 0,
         )
 
     @property
@@ -322,6 +327,7 @@ def _kept(gibbs: Gibbs, states: GibbsState) -> Sweeps:
         hmc.num_steps,
         states.is_new.mean(1),
         states.least_ess.min(1),
+        states.accepted,
     )
 
 

@@ -55,6 +55,7 @@ class Continuous(StateSpace):
     data_fields = ("kernel",)
     sets_known = True
     has_errors = True
+    has_noise = True
 
     kernel: NormalKernel
 

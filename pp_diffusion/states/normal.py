@@ -43,9 +43,29 @@ class NormalProposal(NamedTuple):
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
         *batch, size = self.mean.shape
-        noise = jax.random.normal(rng_key, (*batch, size + self.e.shape[-1]), self.mean.dtype)
+        return self.from_noise(jax.random.normal(rng_key, (*batch, size + self.e.shape[-1]), self.mean.dtype), shape)
+
+    def from_noise(self, noise: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """The same from standard normal noise, of shape ``(P, C, S, D + K)``."""
+        size = self.mean.shape[-1]
         x, log_ratio = in_one_axis(NormalProposal._moved, self, noise[..., :size], noise[..., size:])
         return x.reshape(shape), log_ratio
+
+    def noise_of(self, rng_key: Array, x: Array) -> Array:
+        """A draw of the noise given what came of it, states: K more numbers than these were drawn."""
+        seen = jax.random.normal(rng_key, self.e.shape, self.e.dtype)
+        return in_one_axis(NormalProposal._noise_of, self, flattened(x), seen)
+
+    def _noise_of(self, x: Array, seen: Array) -> Array:
+        G, share = self.G, self.share
+        moved = _noise_of(x, self.mean, self.scale)
+        moved = moved if self.shift is None else moved - self.shift
+        # e as it was seen from n, N(0, S), is independent of what n was moved to
+        seen = einsum("...kl,...l->...k", self.root_S, seen)
+        back = solve(self.root_S, seen - self.e)
+        n = moved + jnp.where(share > 0, einsum("...kd,...k->...d", G, share * back), 0.0)
+        by_n = jnp.where(share > 0, share * einsum("...kd,...d->...k", G, n), 0.0)
+        return jnp.concatenate([n, solve_lower(self.root_R, seen - by_n)], -1)
 
     def _moved(self, n: Array, noise: Array) -> tuple[Array, Array]:
         G, share, root_S, root_R = self.G, self.share, self.root_S, self.root_R
@@ -129,9 +149,17 @@ class DiagonalProposal(NamedTuple):
 
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """States, of this shape, and log p - log of the density that they are drawn from."""
-        n = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
-        x, log_ratio = in_one_axis(DiagonalProposal._moved, self, n)
+        return self.from_noise(jax.random.normal(rng_key, self.mean.shape, self.mean.dtype), shape)
+
+    def from_noise(self, noise: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """The same from standard normal noise, of shape ``(P, C, S, D)``."""
+        x, log_ratio = in_one_axis(DiagonalProposal._moved, self, noise)
         return x.reshape(shape), log_ratio
+
+    def noise_of(self, rng_key: Array, x: Array) -> Array:
+        """The noise that states were drawn from."""
+        moved = _noise_of(flattened(x), self.mean, self.scale)
+        return jnp.where(self.scale > 0, (moved - self.shift) / self.spread, 0.0)
 
     def _moved(self, n: Array) -> tuple[Array, Array]:
         moved = self.shift + self.spread * n

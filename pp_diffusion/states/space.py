@@ -197,6 +197,10 @@ class StateSpace(Frozen):
         """A step whose draws are what is predicted: the last one, and the start."""
         raise NotImplementedError
 
+    #: Whether its proposals are made from normal noise, by ``from_noise(noise, shape)``, which ``noise_of(rng_key, x)``
+    #: finds again.
+    has_noise: ClassVar[bool] = False
+
     #: Whether predictions have errors that :meth:`calibrated` makes use of.
     has_errors: ClassVar[bool] = False
 
