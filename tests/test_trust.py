@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import pp_diffusion as ppd
+from pp_diffusion.posterior.surprise import LEVEL, Surprise, conflicts, surprise
 from pp_diffusion.posterior.trust import Trust, flags_of
 
 KEY = jax.random.key(0)
@@ -45,6 +46,7 @@ def sound(**changes):
         rng.normal(size=40),
         0.3,
         "believable",
+        {"y": Surprise(0.4, 0.6)},
     )
     return found._replace(**changes)
 
@@ -53,7 +55,7 @@ def sound(**changes):
     ("changes", "word"),
     [
         ({"ranks": {"x": np.arange(80).reshape(40, 2) % 12}}, "to one side"),
-        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "too wide"),
+        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "draws are too wide"),
         ({"ranks": {"x": np.arange(80).reshape(2, 40).T % 2 * 19}}, "too narrow"),
         ({"pareto_k": np.full(40, 0.8)}, "Pareto k of 0.80"),
         ({"spread": np.full(40, 0.6)}, "between chains"),
@@ -61,12 +63,29 @@ def sound(**changes):
         ({"verdict": "collapsed"}, "on the data"),
         ({"log_evidence": -6.0}, "below"),
         ({"log_evidence": 6.0}, "above"),
+        ({"surprise": {"y": Surprise(0.003, 0.997)}}, "it is too wide"),
+        ({"surprise": {"y": Surprise(0.997, 0.003)}}, "it is too narrow, or"),
     ],
 )
 def test_flags(changes, word):
     assert flags_of(sound()) == ()
     (flag,) = flags_of(sound(**changes))
     assert word in flag
+
+
+def test_surprise_at_both_sides():
+    """Two normal numbers of other scales: r² is chi-squared with two degrees of freedom, P(r² < 2 · .01²) = 1e-4."""
+    rng = np.random.default_rng(0)
+    scale = np.array([1.0, 50.0])
+    simulated = 3 + scale * rng.normal(size=(1000, 2))
+    inside, near, far = (surprise(3 + scale * z, simulated) for z in (1.0, 0.01, 4.0))
+    assert abs(inside.nearer - (1 - np.exp(-1.0))) < 0.06 and abs(inside.nearer + inside.farther - 1) < 1e-9
+    assert conflicts({"y": inside}) == []
+    assert "nearer" in conflicts({"y": near})[0] and "farther" in conflicts({"y": far})[0]
+    again = [surprise(3 + scale * rng.normal(size=2), simulated) for _ in range(2000)]
+    assert np.mean([bool(conflicts({"y": found})) for found in again]) < LEVEL + 4 * np.sqrt(LEVEL / 2000)
+    few = surprise(np.array([1.0]), rng.integers(0, 2, size=(1000, 1)))  # ties are no surprise
+    assert conflicts({"y": few}) == []
 
 
 @pytest.mark.slow
