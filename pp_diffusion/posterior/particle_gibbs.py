@@ -54,8 +54,8 @@ class Sweeps(NamedTuple):
 class ParticleGibbs:
     r"""The posterior of a model with one :class:`~pp_diffusion.DiffusionPrior` site whose rows share latents.
 
-    Used like :class:`numpyro.infer.MCMC`. A sweep draws each row's x by conditional SMC, given the other latents, and
-    then these by a step of NumPyro's NUTS, given x. Given the other latents the rows of a plate are independent, each
+    Used like :class:`numpyro.infer.MCMC`. A sweep draws each row's x by conditional SMC, given the other latents, moves
+    these and x together, and then draws these by a step of NumPyro's NUTS, given x. Given the other latents the rows of a plate are independent, each
     with a few particles of its own, so that cost grows with their number and no faster; :class:`~pp_diffusion.SMC`'s
     particles are of all rows at once. It is exact at any number of particles, in the sense of a Markov chain: look at
     R-hat and at the effective sample size, of several chains.
@@ -63,8 +63,13 @@ class ParticleGibbs:
     The other latents are continuous ones, of any distribution, and may depend on x (a measurement of it, say); x's
     prior depends on none. No density of the prior is computed. There is no evidence.
 
-    Cost: ``num_particles * T`` network calls for each row in each sweep of each chain, with the moment twist a
-    vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of all rows.
+    By turns alone, x and a noise scale hold each other fast. So the other latents also move by a random walk in which x
+    is made anew of the noise of its guided steps, which is held fixed. With an exact twist that is a walk under their
+    own posterior, x being summed out; it adapts itself in the warm-up. There are none where coordinates of x are
+    observed exactly, or states are discrete.
+
+    Cost: ``(num_particles + num_moves + 2) * T`` network calls for each row in each sweep of each chain, with the moment
+    twist a vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of all rows.
 
     :param model: a NumPyro model.
     :param num_particles: of each row; more make x less dependent on what it was.
@@ -74,6 +79,8 @@ class ParticleGibbs:
     :param twist: as for :class:`~pp_diffusion.SMC`.
     :param ess_threshold: as there.
     :param target_accept_prob: of NUTS.
+    :param num_moves: of x and the other latents together, in a sweep; 0 for none. Of hundreds of latents hardly any is
+        accepted.
     :param progress_bar: shows one, over sweeps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
@@ -120,7 +127,7 @@ class ParticleGibbs:
         self.num_warmup = positive_int("num_warmup", num_warmup)
         self.num_samples = positive_int("num_samples", num_samples)
         self.num_chains = positive_int("num_chains", num_chains)
-        self.num_moves = num_moves and positive_int("num_moves", num_moves)
+        self.num_moves = 0 if num_moves == 0 else positive_int("num_moves", num_moves)
         self.ess_threshold, self.target_accept_prob = float(ess_threshold), float(target_accept_prob)
         self._judge = Judge()
         self._sweeps: Sweeps | None = None
@@ -208,7 +215,8 @@ class ParticleGibbs:
             f"{self.num_particles} particles of each row, in {self.num_chains} chains; the least effective ones of a "
             f"sweep: {float(np.median(sweeps.least_ess)):.1f} (median); a sweep renews x in "
             f"{100 * float(sweeps.renewed.mean()):.0f} % of the rows\n"
-            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}"
+            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}; moves "
+            f"together with x: acceptance {float(sweeps.moves_accepted.mean()):.2f}"
         )
 
     def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None) -> Any:
