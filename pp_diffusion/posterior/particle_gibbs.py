@@ -55,10 +55,10 @@ class ParticleGibbs:
     r"""The posterior of a model with one :class:`~pp_diffusion.DiffusionPrior` site whose rows share latents.
 
     Used like :class:`numpyro.infer.MCMC`. A sweep draws each row's x by conditional SMC, given the other latents, moves
-    these and x together, and then draws these by a step of NumPyro's NUTS, given x. Given the other latents the rows of a plate are independent, each
-    with a few particles of its own, so that cost grows with their number and no faster; :class:`~pp_diffusion.SMC`'s
-    particles are of all rows at once. It is exact at any number of particles, in the sense of a Markov chain: look at
-    R-hat and at the effective sample size, of several chains.
+    these and x together, and then draws these by a step of NumPyro's NUTS, given x. Given the other latents the rows of
+    a plate are independent, each with a few particles of its own, so that cost grows with their number and no faster;
+    :class:`~pp_diffusion.SMC`'s particles are of all rows at once. It is exact at any number of particles, in the sense
+    of a Markov chain: look at R-hat and at the effective sample size, of several chains.
 
     The other latents are continuous ones, of any distribution, and may depend on x (a measurement of it, say); x's
     prior depends on none. No density of the prior is computed. There is no evidence.
@@ -68,8 +68,9 @@ class ParticleGibbs:
     own posterior, x being summed out; it adapts itself in the warm-up. There are none where coordinates of x are
     observed exactly, or states are discrete.
 
-    Cost: ``(num_particles + num_moves + 2) * T`` network calls for each row in each sweep of each chain, with the moment
-    twist a vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of all rows.
+    Cost: ``(num_particles + num_moves + 2) * T`` network calls for each row in each sweep of each chain, with the
+    moment twist a vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of
+    all rows.
 
     :param model: a NumPyro model.
     :param num_particles: of each row; more make x less dependent on what it was.
@@ -215,8 +216,8 @@ class ParticleGibbs:
             f"{self.num_particles} particles of each row, in {self.num_chains} chains; the least effective ones of a "
             f"sweep: {float(np.median(sweeps.least_ess)):.1f} (median); a sweep renews x in "
             f"{100 * float(sweeps.renewed.mean()):.0f} % of the rows\n"
-            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}; moves "
-            f"together with x: acceptance {float(sweeps.moves_accepted.mean()):.2f}"
+            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}; "
+            f"moves together with x: acceptance {float(sweeps.moves_accepted.mean()):.2f}"
         )
 
     def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None) -> Any:
