@@ -113,7 +113,7 @@ class ParticleGibbs:
         twist: Any = None,
         ess_threshold: float = 0.5,
         target_accept_prob: float = 0.8,
-        num_moves: int = 4,
+        num_moves: int = 0,
         progress_bar: bool = True,
     ) -> None:
         if not callable(model):
