@@ -54,23 +54,23 @@ class Sweeps(NamedTuple):
 class ParticleGibbs:
     r"""The posterior of a model with one :class:`~pp_diffusion.DiffusionPrior` site whose rows share latents.
 
-    Used like :class:`numpyro.infer.MCMC`. A sweep draws each row's x by conditional SMC, given the other latents, moves
-    these and x together, and then draws these by a step of NumPyro's NUTS, given x. Given the other latents the rows of
-    a plate are independent, each with a few particles of its own, so that cost grows with their number and no faster;
-    :class:`~pp_diffusion.SMC`'s particles are of all rows at once. It is exact at any number of particles, in the sense
-    of a Markov chain: look at R-hat and at the effective sample size, of several chains.
+    Used like :class:`numpyro.infer.MCMC`. A sweep draws each row's x by conditional SMC, given the other latents, and
+    then these by a step of NumPyro's NUTS, given x. Given the other latents the rows of a plate are independent, each
+    with a few particles of its own, so that cost grows with their number and no faster; :class:`~pp_diffusion.SMC`'s
+    particles are of all rows at once. It is exact at any number of particles, in the sense of a Markov chain: look at
+    R-hat and at the effective sample size, of several chains.
 
     The other latents are continuous ones, of any distribution, and may depend on x (a measurement of it, say); x's
     prior depends on none. No density of the prior is computed. There is no evidence.
 
-    By turns alone, x and a noise scale hold each other fast. So the other latents also move by a random walk in which x
-    is made anew of the noise of its guided steps, which is held fixed. With an exact twist that is a walk under their
-    own posterior, x being summed out; it adapts itself in the warm-up. There are none where coordinates of x are
-    observed exactly, or states are discrete.
+    By turns alone, x and a noise scale hold each other fast. With ``num_moves`` the other latents also move by a random
+    walk in which x is made anew of the noise of its guided steps, which is held fixed. With an exact twist that is a
+    walk under their own posterior, x being summed out. It adapts itself in the warm-up. There are none where
+    coordinates of x are observed exactly, or states are discrete.
 
-    Cost: ``(num_particles + num_moves + 2) * T`` network calls for each row in each sweep of each chain, with the
-    moment twist a vector-Jacobian product for each number observed of a row. Memory: all T steps of the particles of
-    all rows.
+    Cost: ``num_particles * T`` network calls for each row in each sweep of each chain, with moves
+    ``(num_moves + 2) * T`` more; with the moment twist a vector-Jacobian product for each number observed of a row.
+    Memory: all T steps of the particles of all rows.
 
     :param model: a NumPyro model.
     :param num_particles: of each row; more make x less dependent on what it was.
@@ -80,8 +80,8 @@ class ParticleGibbs:
     :param twist: as for :class:`~pp_diffusion.SMC`.
     :param ess_threshold: as there.
     :param target_accept_prob: of NUTS.
-    :param num_moves: of x and the other latents together, in a sweep; 0 for none. Of hundreds of latents hardly any is
-        accepted.
+    :param num_moves: of x and the other latents together, in a sweep. They pay where the twist is nearly exact and the
+        latents are few.
     :param progress_bar: shows one, over sweeps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 

@@ -56,7 +56,7 @@ def conflicts(found: Mapping[str, Surprise]) -> list[str]:
             (
                 1 - nearer,
                 "farther from the middle of what the model predicts",
-                "it predicts too narrowly, or elsewhere",
+                "it is too narrow, or elsewhere",
             ),
         ):
             if rest < level:
