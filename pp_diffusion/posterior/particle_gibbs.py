@@ -212,12 +212,12 @@ class ParticleGibbs:
         """
         sweeps = self.sweeps
         diagnostics.print_summary(sweeps.sites, prob=prob)
+        moves = f"; moves together with x: {float(sweeps.moves_accepted.mean()):.2f}" if self.num_moves else ""
         print(
             f"{self.num_particles} particles of each row, in {self.num_chains} chains; the least effective ones of a "
             f"sweep: {float(np.median(sweeps.least_ess)):.1f} (median); a sweep renews x in "
             f"{100 * float(sweeps.renewed.mean()):.0f} % of the rows\n"
-            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}; "
-            f"moves together with x: acceptance {float(sweeps.moves_accepted.mean()):.2f}"
+            f"NUTS: {int(sweeps.diverging.sum())} divergences, acceptance {float(sweeps.accept_prob.mean()):.2f}{moves}"
         )
 
     def to_arviz(self, *, dims: Mapping[str, list[str]] | None = None, coords: Mapping[str, Any] | None = None) -> Any:
