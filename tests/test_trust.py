@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import norm
 
 import pp_diffusion as ppd
 from pp_diffusion.posterior.surprise import LEVEL, Surprise, conflicts, surprise
@@ -98,6 +99,32 @@ def test_a_right_model_and_a_prior_in_conflict():
     assert abs(fine.log_evidence - truth) < 1e-3  # the twist is exact
     far = ppd.trust(KEY, model, arguments(1, mean=8.0), **SETTINGS)
     assert not far.ok and "conflict" in far.flags[0] and "FLAG" in far.summary()
+
+
+def exact_problem(rng, rows, mean=0.0, scale=1.0):
+    """What a right SMC finds of rows of N(0, I) in the plane, seen with noise, by a prior N(mean, scale² I)."""
+    noise, size = np.exp(rng.uniform(-2, 0.5)), 2 * rows
+    y = rng.normal(size=size) + noise * rng.normal(size=size)
+    sd = np.hypot(scale, noise)
+    simulated = mean + sd * rng.normal(size=(1000, size))
+    evidences = norm.logpdf(np.concatenate([y[None], simulated[:40]]), mean, sd).sum(-1)
+    return sound(
+        ranks={"x": rng.integers(0, 20, size=(40, min(size, 8)))},
+        simulated=evidences[1:],
+        log_evidence=float(evidences[0]),
+        surprise={"y": surprise(y, simulated)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "least", "most"),
+    [(1, {}, 0.0, 0.05), (1, {"scale": 20.0}, 0.45, 1.0), (20, {"scale": 3.0}, 0.9, 1.0), (1, {"mean": 6.0}, 0.9, 1.0)],
+)
+def test_rates_of_flags(rows, changes, least, most):
+    """Of 200 exact problems; more of each kind, and other kinds, were measured once: docs/posteriors.md."""
+    rng = np.random.default_rng(1)
+    flagged = np.mean([bool(flags_of(exact_problem(rng, rows, **changes))) for _ in range(200)])
+    assert least <= flagged <= most
 
 
 def test_what_cannot_be_simulated():
