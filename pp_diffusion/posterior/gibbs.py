@@ -180,5 +180,5 @@ def advance(gibbs: Gibbs, state: GibbsState) -> GibbsState:
             gibbs.num_moves,
         )
     after = nuts(state.hmc._replace(z=position), gibbs.x_of(path))
-    walk = state.walk.learn(after.z, state.walk.count < gibbs.num_warmup)
+    walk = state.walk.learn(after.z, state.walk.learned < gibbs.num_warmup)
     return GibbsState(path, after, swept.is_new, swept.least_ess, walk, accepted, rng_key)

@@ -46,10 +46,10 @@ class Noise(NamedTuple):
 class Walk(NamedTuple):
     """What a random walk knows of the latents: a mean and a covariance in which the past counts less and less.
 
-    :ivar count: of what was learned from.
+    :ivar learned: from how many positions.
     """
 
-    count: Array
+    learned: Array
     mean: Array
     covariance: Array
 
@@ -60,10 +60,10 @@ class Walk(NamedTuple):
 
     def learn(self, position: Array, is_wanted: Array) -> Walk:
         """From one more position."""
-        share = jnp.where(is_wanted, 2 / (self.count + 20), 0.0)
+        share = jnp.where(is_wanted, 2 / (self.learned + 20), 0.0)
         away = position - self.mean
         covariance = (1 - share) * (self.covariance + share * jnp.outer(away, away))
-        return Walk(self.count + is_wanted, self.mean + share * away, covariance)
+        return Walk(self.learned + is_wanted, self.mean + share * away, covariance)
 
     def propose(self, rng_key: Array, position: Array) -> Array:
         """A step, at a scale between a tenth of the best one for a normal target and the whole."""
