@@ -80,8 +80,7 @@ class ParticleGibbs:
     :param twist: as for :class:`~pp_diffusion.SMC`.
     :param ess_threshold: as there.
     :param target_accept_prob: of NUTS.
-    :param num_moves: of x and the other latents together, in a sweep. They pay where the twist is nearly exact and the
-        latents are few.
+    :param num_moves: of x and the other latents together, in a sweep: for few latents, where the twist is nearly exact.
     :param progress_bar: shows one, over sweeps.
     :raises TypeError, ValueError: naming the argument that does not fit.
 
