@@ -26,6 +26,7 @@ from benchmarks import (
     gpu,
     gradient_variance,
     image_baselines,
+    imputation,
     likelihood,
     naive_numpyro,
     parzen,
@@ -464,3 +465,25 @@ def test_a_row_of_posteriors_by_simulation(name, sbi_folder, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["simulation", "--data", folder, "--task", name, *options])
     simulation.main()
     assert re.search(r"amortised \.?\d.*exact .* over 1 .*coverage", capsys.readouterr().out)
+
+
+def test_imputations_are_scored_in_the_tables_units():
+    """Errors of a known size; draws around the truth; a scale that is its own inverse."""
+    table = imputation.holes(0)
+    assert table.true.min() == 0 and table.true.max() == 1 and abs(table.missing.mean() - 0.3) < 0.01
+    assert np.isnan(table.seen).sum() == table.missing.sum()
+    scale = imputation.Scale.of(table.seen)
+    np.testing.assert_allclose(scale.back(scale(table.true)), table.true, atol=1e-12)
+    point = imputation.scores(table.true[None] + 0.03, table.true, table.missing, 0.0)
+    assert abs(point.rmse - 0.03) < 1e-12 and abs(point.crps.mean() - 0.03) < 1e-12 and np.isnan(point.covered)
+    noise = 0.1 * np.random.default_rng(1).normal(size=(40, *table.true.shape))
+    drawn = imputation.scores(table.true + noise, table.true, table.missing, 0.0)
+    assert abs(drawn.crps.mean() - 0.1 * (np.sqrt(2 / np.pi) - 1 / np.sqrt(np.pi))) < 1e-3 and drawn.covered > 0.99
+
+
+@pytest.mark.slow
+def test_imputation_runs(monkeypatch, capsys):
+    """The command in its small form."""
+    monkeypatch.setattr(sys, "argv", ["imputation", "--small", "--seeds", "1", "--rows", "2"])
+    imputation.main()
+    assert re.search(r"mean of 1 masks.*MissForest +RMSE 0\.\d.*diffusion +RMSE 0\.\d", capsys.readouterr().out, re.S)

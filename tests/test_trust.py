@@ -6,8 +6,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import norm
 
 import pp_diffusion as ppd
+from pp_diffusion.posterior.surprise import LEVEL, Surprise, conflicts, surprise
 from pp_diffusion.posterior.trust import Trust, flags_of
 
 KEY = jax.random.key(0)
@@ -45,6 +47,7 @@ def sound(**changes):
         rng.normal(size=40),
         0.3,
         "believable",
+        {"y": Surprise(0.4, 0.6)},
     )
     return found._replace(**changes)
 
@@ -53,7 +56,7 @@ def sound(**changes):
     ("changes", "word"),
     [
         ({"ranks": {"x": np.arange(80).reshape(40, 2) % 12}}, "to one side"),
-        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "too wide"),
+        ({"ranks": {"x": np.arange(80).reshape(40, 2) % 6 + 7}}, "draws are too wide"),
         ({"ranks": {"x": np.arange(80).reshape(2, 40).T % 2 * 19}}, "too narrow"),
         ({"pareto_k": np.full(40, 0.8)}, "Pareto k of 0.80"),
         ({"spread": np.full(40, 0.6)}, "between chains"),
@@ -61,12 +64,29 @@ def sound(**changes):
         ({"verdict": "collapsed"}, "on the data"),
         ({"log_evidence": -6.0}, "below"),
         ({"log_evidence": 6.0}, "above"),
+        ({"surprise": {"y": Surprise(0.003, 0.997)}}, "it is too wide"),
+        ({"surprise": {"y": Surprise(0.997, 0.003)}}, "it is too narrow, or"),
     ],
 )
 def test_flags(changes, word):
     assert flags_of(sound()) == ()
     (flag,) = flags_of(sound(**changes))
     assert word in flag
+
+
+def test_surprise_at_both_sides():
+    """Two normal numbers of other scales: r² is chi-squared with two degrees of freedom, P(r² < 2 · .01²) = 1e-4."""
+    rng = np.random.default_rng(0)
+    scale = np.array([1.0, 50.0])
+    simulated = 3 + scale * rng.normal(size=(1000, 2))
+    inside, near, far = (surprise(3 + scale * z, simulated) for z in (1.0, 0.01, 4.0))
+    assert abs(inside.nearer - (1 - np.exp(-1.0))) < 0.06 and abs(inside.nearer + inside.farther - 1) < 1e-9
+    assert conflicts({"y": inside}) == []
+    assert "nearer" in conflicts({"y": near})[0] and "farther" in conflicts({"y": far})[0]
+    again = [surprise(3 + scale * rng.normal(size=2), simulated) for _ in range(2000)]
+    assert np.mean([bool(conflicts({"y": found})) for found in again]) < LEVEL + 4 * np.sqrt(LEVEL / 2000)
+    few = surprise(np.array([1.0]), rng.integers(0, 2, size=(1000, 1)))  # ties are no surprise
+    assert conflicts({"y": few}) == []
 
 
 @pytest.mark.slow
@@ -79,6 +99,32 @@ def test_a_right_model_and_a_prior_in_conflict():
     assert abs(fine.log_evidence - truth) < 1e-3  # the twist is exact
     far = ppd.trust(KEY, model, arguments(1, mean=8.0), **SETTINGS)
     assert not far.ok and "conflict" in far.flags[0] and "FLAG" in far.summary()
+
+
+def exact_problem(rng, rows, mean=0.0, scale=1.0):
+    """What a right SMC finds of rows of N(0, I) in the plane, seen with noise, by a prior N(mean, scale² I)."""
+    noise, size = np.exp(rng.uniform(-2, 0.5)), 2 * rows
+    y = rng.normal(size=size) + noise * rng.normal(size=size)
+    sd = np.hypot(scale, noise)
+    simulated = mean + sd * rng.normal(size=(1000, size))
+    evidences = norm.logpdf(np.concatenate([y[None], simulated[:40]]), mean, sd).sum(-1)
+    return sound(
+        ranks={"x": rng.integers(0, 20, size=(40, min(size, 8)))},
+        simulated=evidences[1:],
+        log_evidence=float(evidences[0]),
+        surprise={"y": surprise(y, simulated)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "least", "most"),
+    [(1, {}, 0.0, 0.05), (1, {"scale": 20.0}, 0.45, 1.0), (20, {"scale": 3.0}, 0.9, 1.0), (1, {"mean": 6.0}, 0.9, 1.0)],
+)
+def test_rates_of_flags(rows, changes, least, most):
+    """Of 200 exact problems; more of each kind, and other kinds, were measured once: docs/posteriors.md."""
+    rng = np.random.default_rng(1)
+    flagged = np.mean([bool(flags_of(exact_problem(rng, rows, **changes))) for _ in range(200)])
+    assert least <= flagged <= most
 
 
 def test_what_cannot_be_simulated():

@@ -29,6 +29,7 @@ from pp_diffusion.posterior.outcome import Outcome
 from pp_diffusion.posterior.program import full_precision, trace_model
 from pp_diffusion.posterior.report import independent_of, pooled
 from pp_diffusion.posterior.smc import Sampler, finish, init, step
+from pp_diffusion.posterior.surprise import Surprise, conflicts, surprise
 from pp_diffusion.posterior.survey import Judge, Survey, by_plain_draws, num_plain_draws
 from pp_diffusion.posterior.twists import as_twist
 from pp_diffusion.posterior.verdicts import BELIEVABLE, COLLAPSED, DOUBTFUL, Findings
@@ -47,6 +48,8 @@ LARGEST_COLLAPSED = 0.1
 LARGEST_SPREAD = 0.5
 #: Beyond all simulated evidences by such a share of their interquartile range, the data's is in conflict.
 LEAST_GAP = 0.25
+#: Data sets that are simulated to compare the data with; SMC is run on some.
+NUM_PREDICTED = 1000
 
 
 class Trust(NamedTuple):
@@ -62,6 +65,8 @@ class Trust(NamedTuple):
     :ivar simulated: the log evidence of each simulated data set, nats.
     :ivar log_evidence: of the data.
     :ivar verdict: of the run on the data, the worst of its systems.
+    :ivar surprise: per observed site, the shares of 1000 simulated data sets that lie nearer to the middle of what the
+        model predicts, and farther from it, than the data.
     """
 
     flags: tuple[str, ...]
@@ -74,6 +79,7 @@ class Trust(NamedTuple):
     simulated: np.ndarray
     log_evidence: float
     verdict: str
+    surprise: dict[str, Surprise]
 
     @property
     def ok(self) -> bool:
@@ -91,6 +97,11 @@ class Trust(NamedTuple):
             f"Pareto k of the last weights: {np.median(self.pareto_k):.2f} (median); log Z differs between chains with "
             f"a standard deviation of {np.median(self.spread):.3f} nats (median)",
             f"log evidence of the data: {self.log_evidence:.3f} nats, above that of {low} of {count} simulated ones",
+            *(
+                f"site {name!r} lies farther from the middle of what the model predicts than {100 * near:.1f} % of the "
+                f"data sets that it makes, nearer than {100 * far:.1f} %"
+                for name, (near, far) in self.surprise.items()
+            ),
             *(f"FLAG: {flag}" for flag in self.flags),
         ]
         return "\n".join(lines if self.flags else [*lines, "nothing speaks against trusting it"])
@@ -130,8 +141,9 @@ def trust(
 
     Flags are: ranks of the truth that are not uniform, by their mean or their spread (an error rate of 1 % over all);
     last weights with a Pareto k above .7 in most runs; log Z that differs between chains by more than .5 nats in most;
-    collapsed runs, more than 10 %, or the one on the data; and data whose evidence lies below or above that of all
-    simulated ones, by a quarter of their interquartile range: prior and data are in conflict.
+    collapsed runs, more than 10 %, or the one on the data; and prior and data in conflict: data whose evidence lies
+    below or above that of all simulated ones, by a quarter of their interquartile range, or that lie farther from the
+    middle of what the model predicts, or nearer to it, than 99.5 % of 1000 simulated ones (an error rate of 1 %).
 
     It does not see what the model says wrongly of the world where the evidence does not tell.
 
@@ -171,6 +183,8 @@ def trust(
     truths, made = jax.jit(partial(_simulated, model, args, kwargs, tuple(data)), static_argnums=1)(
         simulate_key, num_simulations
     )
+    surprises = {name: surprise(np.asarray(y), np.asarray(made[name])) for name, y in data.items()}
+    truths, made = jax.tree.map(lambda a: a[:num_simulations], (truths, made))
     values = {name: jnp.concatenate([jnp.asarray(y, made[name].dtype)[None], made[name]]) for name, y in data.items()}
     first = {name: y[0] for name, y in values.items()}
     factors = read_model(_observing(model), (first, *args), kwargs)
@@ -180,7 +194,7 @@ def trust(
     keys = jax.random.split(run_key, num_simulations + 1)
     plain = num_plain_draws(factors, positive_int("num_particles", num_particles) * num_chains)
     runs = _run_all(sampler, values, truth, keys, num_particles, num_chains, plain)
-    return _judged(jax.tree.map(np.asarray, runs), factors.systems, plain)
+    return _judged(jax.tree.map(np.asarray, runs), factors.systems, plain, surprises)
 
 
 def _data(messages: Mapping[str, Message]) -> dict[str, Array]:
@@ -207,14 +221,14 @@ def _observing(model: Callable[..., Any]) -> Callable[..., Any]:
 def _simulated(
     model: Callable[..., Any], args: Any, kwargs: Any, names: tuple[str, ...], rng_key: Array, count: int
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Latents, and what is observed at them."""
+    """Latents, and what is observed at them; ``count`` data sets or a few more side by side."""
 
     def one(rng_key: Array) -> dict[str, Array]:
         with full_precision():
             sites = handlers.trace(handlers.seed(handlers.uncondition(model), rng_key)).get_trace(*args, **kwargs)
         return {name: jnp.asarray(m["value"]) for name, m in sites.items() if m["type"] == "sample"}
 
-    found = jax.vmap(one)(jax.random.split(rng_key, count))
+    found = jax.lax.map(one, jax.random.split(rng_key, max(count, NUM_PREDICTED)), batch_size=count)
     return {n: a for n, a in found.items() if n not in names}, {n: found[n] for n in names}
 
 
@@ -264,7 +278,7 @@ def _ties(rng_key: Array, draws: Array, truth: Array) -> Array:
     return jax.random.randint(rng_key, equal.shape, 0, equal + 1)
 
 
-def _judged(runs: _Runs, systems: tuple[int, ...], num_plain: int) -> Trust:
+def _judged(runs: _Runs, systems: tuple[int, ...], num_plain: int, surprises: dict[str, Surprise]) -> Trust:
     outcomes = [
         _outcome(jax.tree.map(lambda a, i=i: a[i], runs), systems, num_plain) for i in range(len(runs.final_ess))
     ]
@@ -283,6 +297,7 @@ def _judged(runs: _Runs, systems: tuple[int, ...], num_plain: int) -> Trust:
         simulated=evidences[1:],
         log_evidence=float(evidences[0]),
         verdict=verdicts[0],
+        surprise=surprises,
     )
     return found._replace(flags=flags_of(found))
 
@@ -321,6 +336,7 @@ def _flags(found: Trust) -> Iterator[str]:
     if found.verdict == COLLAPSED:
         yield "SMC collapsed on the data"
     yield from _of_evidence(found)
+    yield from conflicts(found.surprise)
 
 
 def _of_ranks(found: Trust) -> Iterator[str]:
