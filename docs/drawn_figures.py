@@ -86,16 +86,30 @@ def training(path: Path) -> None:
     ppd.plotting.loss_by_time(fit, axes=axes[1:]).savefig(path)
 
 
-def digits_given_label(path: Path) -> None:
-    """The example with half of its updates."""
-    from examples import digits_given_label as example
+@cache
+def digit_priors() -> Any:
+    """The example's network after a third of its updates: a prior for each label, and one without."""
+    from examples.digits_given_label import script
 
-    data = ppd.datasets.digits(jax.random.key(0))
-    prior = example.script.fit(jax.random.key(1), data, num_steps=1_200, progress_bar=False).prior(np.arange(10))
+    return script.fit(
+        jax.random.key(1), ppd.datasets.digits(jax.random.key(0)), num_steps=800, progress_bar=False
+    ).prior
+
+
+def digits(path: Path) -> None:
+    """Draws without a label beside test images."""
+    test = ppd.datasets.digits(jax.random.key(0)).test
+    x = np.clip(np.floor(digit_priors()(None).sample(jax.random.key(2), (100,))), 0, 16)
+    ppd.plotting.samples(x, test[:100]).savefig(path)
+
+
+def digits_given_label(path: Path) -> None:
+    """A row for each label, black on white."""
+    prior = digit_priors()(np.arange(10))
     figure = Figure(figsize=(8.4, 4.3), layout="constrained", dpi=120)
-    for ax, strength in zip(figure.subplots(1, 2), example.STRENGTHS, strict=True):
+    for ax, strength in zip(figure.subplots(1, 2), (1.0, 2.0), strict=True):
         x = (prior if strength == 1 else prior.guided(strength)).sample(jax.random.key(2), (10,))
-        rows = -jnp.moveaxis(x, 0, 1).reshape(-1, 8, 8)  # a row for each label, black on white
+        rows = -jnp.moveaxis(x, 0, 1).reshape(-1, 8, 8)
         title = "as learned" if strength == 1 else f"guided by {strength:g}"
         ppd.plotting.images(rows, value_range=(-17, 0), title=title, ax=ax)
     figure.savefig(path)
@@ -145,6 +159,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "flow": flow,
     "entropies": entropies,
     "training": training,
+    "gallery/digits": digits,
     "gallery/digits_given_label": digits_given_label,
     "gallery/spatial_prior": spatial_prior,
     "gallery/image_posteriors": image_posteriors,

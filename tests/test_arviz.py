@@ -248,6 +248,8 @@ def test_a_file_of_netcdf_holds_all_of_an_estimate(estimate, tmp_path):
 def test_arviz_draws_an_estimate(estimate, name):
     plot = getattr(az, name)(estimate.to_arviz())
     figure = np.ravel(plot)[0].figure if is_first_generation(az) else plot.viz["figure"].item()
-    drawn = [axis for axis in figure.axes if axis.lines or axis.collections]
-    assert len(drawn) >= 5 * (2 if name == "plot_pair" else 1)  # five data: each, or ten pairs of them
+    if name == "plot_pair":
+        assert len([axis for axis in figure.axes if axis.lines or axis.collections]) >= 10  # pairs of five data
+    else:
+        assert sum(len(axis.lines) for axis in figure.axes) >= 5  # in one panel with ArviZ 0
     matplotlib.pyplot.close("all")
