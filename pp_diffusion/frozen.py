@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 #: The parts that a saved file can name, by the name that it gives them.
@@ -80,7 +81,9 @@ class Frozen:
 def value_of(tree: Any) -> tuple[Any, ...]:
     """What makes two pytrees equal: their structure, and their arrays bit by bit. Hashable."""
     leaves, structure = jax.tree.flatten(tree)
-    arrays = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+    data = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+    # Python's numbers, of which NumPyro's bijections have some, as the arrays that JAX makes of them
+    arrays = [np.asarray(x, jnp.result_type(x) if isinstance(x, int | float) else None) for x in data]
     return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
 
 

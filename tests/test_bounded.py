@@ -20,8 +20,16 @@ LAWS = {
     ).to_event(1),
     "positive": dist.Gamma(jnp.array([2.0, 5.0]), 1.0).to_event(1),
     "simplex": SHARES,
+    "above": dist.TransformedDistribution(
+        dist.Gamma(jnp.array([2.0, 5.0]), 1.0), dist.transforms.AffineTransform(jnp.array([-3.0, 20.0]), 1.0)
+    ).to_event(1),
 }
-SUPPORTS = {"box": constraints.interval(LOW, HIGH), "positive": constraints.positive, "simplex": constraints.simplex}
+SUPPORTS = {
+    "box": constraints.interval(LOW, HIGH),
+    "positive": constraints.positive,
+    "simplex": constraints.simplex,
+    "above": constraints.greater_than(jnp.array([-3.0, 20.0])),
+}
 
 
 def normal_about(z):
@@ -49,7 +57,7 @@ def diffusion_of(name, data, network=None, **settings):
     return ppd.Diffusion(ppd.GaussianKernel((size,)), schedule, network, transform=transform, **settings)
 
 
-@pytest.fixture(params=["box", *(pytest.param(n, marks=pytest.mark.slow) for n in ("positive", "simplex"))])
+@pytest.fixture(params=["box", *(pytest.param(n, marks=pytest.mark.slow) for n in ("positive", "simplex", "above"))])
 def name(request):
     return request.param
 

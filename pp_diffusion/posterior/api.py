@@ -13,7 +13,7 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from pp_diffusion.checks import check_key, positive_int, typed_key
-from pp_diffusion.compiling import jit_once
+from pp_diffusion.compiling import jit_once, jit_run
 from pp_diffusion.posterior.costs import Cost
 from pp_diffusion.posterior.factors import Factors, read_model
 from pp_diffusion.posterior.outcome import print_moments
@@ -266,7 +266,7 @@ def _spread(layout: Layout, state: SMCState, infos: SMCInfo) -> tuple[SMCState, 
     return state._replace(log_evidence=layout.rows(state.log_evidence), **spread), layout.rows(infos, axis=1)
 
 
-@jax.jit
+@jit_run
 def _advance(sampler: Sampler, state: SMCState, infos: SMCInfo, num_steps: Array) -> tuple[SMCState, SMCInfo]:
     def one(_: Array, carry: tuple[SMCState, SMCInfo]) -> tuple[SMCState, SMCInfo]:
         state, infos = carry
