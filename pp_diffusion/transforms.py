@@ -314,7 +314,7 @@ def shape_in_data_units(transform: Transform | None, event_shape: tuple[int, ...
     simplex has."""
     if transform is None:
         return event_shape
-    return tuple(jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, float)).shape)
+    return tuple(jax.eval_shape(transform, jax.ShapeDtypeStruct(event_shape, jnp.result_type(float))).shape)
 
 
 def log_abs_det(transform: Transform | None, z: Array, x: Array, event_ndim: int) -> Array:

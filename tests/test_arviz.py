@@ -226,3 +226,30 @@ def test_tails_that_cannot_be_fitted(column, k):
     smoothed, found = pareto_smooth(column[:, None])
     assert found == k
     np.testing.assert_array_equal(smoothed[:, 0], column)
+
+
+# --- what is kept in files, and drawn --------------------------------------------------------------------------------
+
+
+def test_a_file_of_netcdf_holds_all_of_an_estimate(estimate, tmp_path):
+    idata = estimate.to_arviz()
+    idata.to_netcdf(tmp_path / "estimate.nc")
+    again = az.from_netcdf(tmp_path / "estimate.nc")
+    assert groups_of(again)[0] == groups_of(idata)[0] and groups_of(again)[1].keys() >= groups_of(idata)[1].keys()
+    for group in groups_of(idata)[0]:
+        assert set(again[group].data_vars) == set(idata[group].data_vars)
+        assert again[group].attrs.keys() >= idata[group].attrs.keys()
+        for name in idata[group].data_vars:
+            np.testing.assert_array_equal(again[group][name], idata[group][name])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ArviZ 0.23's, of matplotlib
+@pytest.mark.parametrize("name", ["plot_trace", "plot_pair"])
+def test_arviz_draws_an_estimate(estimate, name):
+    plot = getattr(az, name)(estimate.to_arviz())
+    figure = np.ravel(plot)[0].figure if is_first_generation(az) else plot.viz["figure"].item()
+    if name == "plot_pair":
+        assert len([axis for axis in figure.axes if axis.lines or axis.collections]) >= 10  # pairs of five data
+    else:
+        assert sum(len(axis.lines) for axis in figure.axes) >= 5  # in one panel with ArviZ 0
+    matplotlib.pyplot.close("all")

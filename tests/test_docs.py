@@ -134,6 +134,14 @@ def test_tutorials_and_guides_have_a_figure_and_are_notebooks():
         assert re.search(r"plt\.subplots|ppd\.plotting\.", text), path.name
 
 
+@pytest.mark.parametrize("page", [*PAGES, "images", "tour", "how_close_how_fast", "index", "gallery"])
+def test_pages_of_plain_blocks_have_a_figure_that_is_there(page):
+    figures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", (DOCS / f"{page}.md").read_text())
+    assert figures
+    for words, path in figures:
+        assert words and (DOCS / path).exists(), path
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("myst_nb") is None, reason="needs the extra docs")
 def test_the_documentation_is_built_without_a_warning(tmp_path):

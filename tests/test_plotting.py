@@ -1,16 +1,21 @@
 """Figures are made, in the right panels, from the right data."""
 
 import pickle
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import pp_diffusion as ppd
 from pp_diffusion import likelihood
 
+KEY = jax.random.key(0)
 DIFFUSION = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(6), ppd.networks.MLP((4,)))
+
+BOUNDS = ppd.EntropyBounds(np.array([-np.inf, 0.2, 1.0]), np.array([1.0, 2.0, 3.0]), 0.1)
 
 
 def trained():
@@ -47,6 +52,150 @@ def test_image_tiles_are_in_reading_order(shape):
     assert tiled[2, 3].max() == 0.0
 
 
+@pytest.mark.parametrize(
+    "shape, scale, dtype",
+    [((3, 4, 6), 16.0, float), ((3, 4, 6, 1), 1, int), ((3, 4, 6, 3), 255, np.uint8), ((3, 4, 6, 3), 1.0, float)],
+    ids=str,
+)
+def test_images_are_shown_whole_and_in_their_own_range(shape, scale, dtype):
+    """Black, white and a grey in the middle keep their places; an unfilled row ends in white."""
+    x = np.zeros(shape, dtype)
+    x[0], x[2, 0] = scale, scale // 2 if dtype is np.uint8 else scale / 2
+    figure = ppd.plotting.images(x, num_columns=2, title="three")
+    (axis,) = figure.axes
+    shown = axis.images[0].get_array()
+    assert shown.shape == (2 * 6, 2 * 8, *shape[3:]) if shape[3:] != (1,) else (2 * 6, 2 * 8)
+    np.testing.assert_allclose(shown[1:5, 1:7], 1.0)
+    np.testing.assert_allclose(shown[1:5, 9:15], 0.0)
+    np.testing.assert_allclose(shown[7, 1:7], 0.0 if dtype is int else 0.5, atol=3e-3)
+    np.testing.assert_allclose(shown[7:11, 9:15], 1.0)  # no fourth
+    assert axis.get_title() == "three" and not axis.axison
+    half = ppd.plotting.images(x, value_range=(0, 2 * scale)).axes[0].images[0].get_array()
+    np.testing.assert_allclose(half[1:5, 1:7], 0.5)
+
+
+def test_images_refuse_what_is_none():
+    for shape in ((3, 4), (3, 4, 6, 2), (0, 4, 6)):
+        with pytest.raises(ValueError, match="x must have shape"):
+            ppd.plotting.images(np.ones(shape))
+    with pytest.raises(ValueError, match="value_range must be"):
+        ppd.plotting.images(np.ones((3, 4, 6)), value_range=(1, 1))
+    with pytest.raises(ValueError, match="num_columns must be at least 1"):
+        ppd.plotting.images(np.ones((3, 4, 6)), num_columns=0)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+DRAWN = np.stack([np.arange(40.0), 3 * np.arange(40.0) % 7, -(np.arange(40.0) ** 2)], -1)
+
+
+def test_pairs_of_a_table():
+    """Row by row below the diagonal: x is the earlier column, y the later; names at the edges; draws, then data."""
+    data = DRAWN[:5] + 0.5
+    data[0, 1] = np.nan  # missing
+    figure = ppd.plotting.pairs(DRAWN, data, names=["a", "b", "c"], labels=("model", "table"), num_points=30)
+    axes = np.array(figure.axes).reshape(3, 3)
+    for row in range(3):
+        for column in range(row):
+            drawn, given = (np.asarray(c.get_offsets()) for c in axes[row, column].collections)
+            np.testing.assert_array_equal(drawn, DRAWN[:30][:, [column, row]])
+            np.testing.assert_array_equal(np.ma.getdata(given)[1:], data[1:][:, [column, row]])
+            assert axes[row, column].get_xlim() == axes[2, column].get_xlim()  # one scale for a column
+        assert all(not axes[row, column].axison for column in range(row + 1, 3))
+    assert [axis.get_xlabel() for axis in axes[2]] == ["a", "b", "c"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["", "b", "c"]
+    assert labels(axes[0, 1]) == ["model", "table"]
+    for axis, column in zip(axes.diagonal(), range(3), strict=True):  # densities, of all rows
+        bars = [patch for patch in axis.patches if hasattr(patch, "get_width")]
+        np.testing.assert_allclose(sum(bar.get_height() * bar.get_width() for bar in bars), 1.0)
+        low, high = axis.get_xlim()
+        assert low < np.nanmin(data[:, column]) and np.nanmax(data[:, column]) < high
+
+
+def test_pairs_take_the_names_of_a_data_frame():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(DRAWN, columns=["width", "height", 3])
+    for arguments in ((DRAWN, table), (table,)):
+        assert [axis.get_xlabel() for axis in ppd.plotting.pairs(*arguments).axes[6:]] == ["width", "height", "3"]
+    assert ppd.plotting.pairs(DRAWN[:, :1] * 0).axes[0].get_xlabel() == "x[0]"  # also of a constant
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ((np.ones(3),), "x must be a table"),
+        ((np.ones((0, 2)),), "x must be a table"),
+        ((DRAWN, DRAWN[:, :2]), r"data must have the 3 columns of x; got shape \(40, 2\)"),
+        ((DRAWN, None, ["a"]), r"names must be 3, one for each column; got 1: \['a'\]"),
+    ],
+)
+def test_pairs_refuse_what_is_no_table(arguments, match):
+    x, data, names = (*arguments, None, None)[:3]
+    with pytest.raises(ValueError, match=match):
+        ppd.plotting.pairs(x, data, names=names)
+
+
+# --- axes of one's own ------------------------------------------------------------------------------------------------
+
+
+def own_axes(count):
+    """In a part of a figure."""
+    part, _ = Figure(figsize=(6, 6)).subfigures(1, 2)
+    return np.atleast_1d(part.subplots(1, count))
+
+
+IMAGE = np.random.default_rng(0).uniform(size=(4, 3, 3))
+RESULT = SimpleNamespace(
+    losses=np.linspace(3.0, 2.0, 20),
+    validation=ppd.Validation(np.array([10, 20]), np.array([-3.0, -2.5]), np.ones((2, 4)), np.ones(2)),
+)
+
+
+@pytest.mark.parametrize(
+    "count, draw",
+    [
+        (1, lambda axes: ppd.plotting.images(IMAGE, ax=axes[0])),
+        (1, lambda axes: ppd.plotting.samples(IMAGE, axes=axes[0])),
+        (2, lambda axes: ppd.plotting.samples(DRAWN[:, :2], DRAWN[:5, :2], axes=axes)),
+        (9, lambda axes: ppd.plotting.pairs(DRAWN, DRAWN, axes=list(axes))),
+        (9, lambda axes: ppd.plotting.trajectories(KEY, trained(), DRAWN[:, :2], num_points=30, axes=axes)),
+        (1, lambda axes: ppd.plotting.losses(RESULT, window=5, ax=axes[0])),
+        (2, lambda axes: ppd.plotting.loss_by_time(RESULT, axes=axes)),
+        (2, lambda axes: ppd.plotting.entropies(BOUNDS, ppd.ReverseEntropy(np.ones(3), np.ones(3)), axes=axes)),
+        (1, lambda axes: ppd.plotting.pareto_k(estimate(), ax=axes[0])),
+        (1, lambda axes: ppd.plotting.convergence(estimate(), ax=axes[0])),
+    ],
+    ids=[
+        "images",
+        "samples",
+        "samples2",
+        "pairs",
+        "trajectories",
+        "losses",
+        "by_time",
+        "entropies",
+        "khat",
+        "converge",
+    ],
+)
+def test_all_draw_on_given_axes(count, draw):
+    """On each of them, and the figure is theirs."""
+    axes = own_axes(count)
+    figure = draw(axes)
+    assert figure is axes[0].figure.figure and isinstance(figure, Figure)
+    drawn = [ax for ax in axes if ax.collections or ax.images or ax.lines or ax.patches or not ax.axison]
+    assert len(drawn) == count
+
+
+def test_wrong_axes_are_refused():
+    with pytest.raises(TypeError, match=r"ax must be of matplotlib.axes.Axes; got Figure"):
+        ppd.plotting.images(IMAGE, ax=Figure())
+    with pytest.raises(ValueError, match=r"axes must be 2 .*; got 3"):
+        ppd.plotting.samples(IMAGE, IMAGE, axes=own_axes(3))
+    with pytest.raises(TypeError, match=r"axes must be of matplotlib.axes.Axes; got str"):
+        ppd.plotting.samples(IMAGE, axes=["left"])
+
+
 def test_figure_1():
     figure = ppd.plotting.trajectories(
         jax.random.key(0), trained(), jax.random.normal(jax.random.key(1), (40, 2)), num_points=30
@@ -70,8 +219,6 @@ def test_losses():
 
 
 # --- entropies and likelihoods ---------------------------------------------------------------------------------------
-
-BOUNDS = ppd.EntropyBounds(np.array([-np.inf, 0.2, 1.0]), np.array([1.0, 2.0, 3.0]), 0.1)
 
 
 def labels(axis):

@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 import pp_diffusion as ppd
 from pp_diffusion import smc as smc_module
+from pp_diffusion.inference_data import import_arviz, is_first_generation
 from pp_diffusion.posterior.factors import read_model
 from pp_diffusion.smc import Sampler
 from pp_diffusion.twists import as_twist
@@ -377,9 +378,7 @@ def test_to_arviz(eight, plates):
 
 
 def test_a_file_of_netcdf_holds_all_of_it(eight, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the import's own, of the first generation
-        import arviz as az
+    az = import_arviz()
     idata = eight.to_arviz()
     idata.to_netcdf(tmp_path / "eight.nc")
     again = az.from_netcdf(tmp_path / "eight.nc")
@@ -389,6 +388,24 @@ def test_a_file_of_netcdf_holds_all_of_it(eight, tmp_path):
         for name in before.data_vars:
             assert before[name].dims == after[name].dims
             np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ArviZ 0.23's, of matplotlib
+def test_arviz_draws_and_compares_posteriors(eight):
+    """Each coordinate's trace, their pair, and two runs by their densities of the data."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    az = import_arviz()
+    idata = eight.to_arviz()
+    for name, panels in (("plot_trace", 2), ("plot_pair", 1)):
+        plot = getattr(az, name)(idata)
+        figure = np.ravel(plot)[0].figure if is_first_generation(az) else plot.viz["figure"].item()
+        assert len([axis for axis in figure.axes if axis.lines or axis.collections]) >= panels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few draws
+        table = az.compare({"a": idata, "b": run(conjugate, Y, 3 * SCALE, num_particles=32, num_chains=8).to_arviz()})
+    assert sorted(table.index) == ["a", "b"]
 
 
 def test_to_arviz_without_a_likelihood_per_datum():
