@@ -119,7 +119,8 @@ def _print(results: dict[str, Result], many: str, setting: str) -> None:
     found = results[many]
     variation = 0.5 * (np.abs(found.shares - found.exact).sum(-1) + 1 - found.shares.sum(-1))
     misses = found.log_evidence - found.exact_log_evidence
-    errors = found.log_evidence_error
+    errors = found.log_evidence_error[np.isfinite(found.log_evidence_error)]
+    stated = (f"{errors.mean():.4f}", f"{errors.max():.4f}") if len(errors) else ("none", "none")
     others = 1 - found.shares.sum(-1)
     print_table(
         f"{many}: SMC beside enumeration",
@@ -127,7 +128,7 @@ def _print(results: dict[str, Result], many: str, setting: str) -> None:
         [
             ("total variation of the posterior", f"{variation.mean():.4f}", f"{variation.max():.4f}"),
             ("log evidence, SMC less exact (nats)", f"{misses.mean():.4f}", f"{np.abs(misses).max():.4f}"),
-            ("its standard error (nats)", f"{errors.mean():.4f}", f"{errors.max():.4f}"),
+            (f"its standard error (nats), of {len(errors)} that did not collapse", *stated),
             ("share of draws that are none of the five", f"{others.mean():.4f}", f"{others.max():.4f}"),
         ],
     )
