@@ -11,6 +11,7 @@ from scipy.stats import norm
 import pp_diffusion as ppd
 from pp_diffusion.posterior.surprise import LEVEL, Surprise, conflicts, surprise
 from pp_diffusion.posterior.trust import Trust, flags_of
+from tests.compilations import compilations
 
 KEY = jax.random.key(0)
 PRIOR = ppd.Diffusion(  # the exact reverse process of N(0, 1)
@@ -97,7 +98,9 @@ def test_a_right_model_and_a_prior_in_conflict():
     assert "nothing speaks against" in fine.summary()
     truth = dist.Normal(0.0, jnp.hypot(1.0, arguments(1)[3])).log_prob(arguments(1)[0]).sum()
     assert abs(fine.log_evidence - truth) < 1e-3  # the twist is exact
-    far = ppd.trust(KEY, model, arguments(1, mean=8.0), **SETTINGS)
+    with compilations() as programs:
+        far = ppd.trust(KEY, model, arguments(1, mean=8.0), **SETTINGS)
+    assert programs and not programs["_run_all"]  # it was compiled for the first
     assert not far.ok and "conflict" in far.flags[0] and "FLAG" in far.summary()
 
 

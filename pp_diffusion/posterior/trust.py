@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -187,7 +188,7 @@ def trust(
     truths, made = jax.tree.map(lambda a: a[:num_simulations], (truths, made))
     values = {name: jnp.concatenate([jnp.asarray(y, made[name].dtype)[None], made[name]]) for name, y in data.items()}
     first = {name: y[0] for name, y in values.items()}
-    factors = read_model(_observing(model), (first, *args), kwargs)
+    factors = read_model(_Observing(model), (first, *args), kwargs)
     sampler = Sampler(factors, as_twist(twist), ess_threshold, num_moves, Judge()(factors))
     ranked = (factors.name, *(site.name for site in factors.latents))
     truth = {n: jnp.concatenate([truths[n][:1], truths[n]]) for n in ranked}
@@ -209,13 +210,15 @@ def _data(messages: Mapping[str, Message]) -> dict[str, Array]:
     return {name: jnp.broadcast_to(jnp.asarray(m["value"]), m["fn"].shape()) for name, m in observed.items()}
 
 
-def _observing(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model as a function of what it observes, and of its arguments."""
+@dataclass(frozen=True)
+class _Observing:
+    """The model as a function of what it observes, and of its arguments; equal where the model is, so that a second
+    call finds what the first has compiled."""
 
-    def observing(values: dict[str, Array], *args: Any, **kwargs: Any) -> Any:
-        return handlers.condition(handlers.uncondition(model), data=values)(*args, **kwargs)
+    model: Callable[..., Any]
 
-    return observing
+    def __call__(self, values: dict[str, Array], *args: Any, **kwargs: Any) -> Any:
+        return handlers.condition(handlers.uncondition(self.model), data=values)(*args, **kwargs)
 
 
 def _simulated(
