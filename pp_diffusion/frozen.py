@@ -82,9 +82,15 @@ def value_of(tree: Any) -> tuple[Any, ...]:
     """What makes two pytrees equal: their structure, and their arrays bit by bit. Hashable."""
     leaves, structure = jax.tree.flatten(tree)
     data = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
-    # Python's numbers, of which NumPyro's bijections have some, as the arrays that JAX makes of them
-    arrays = [np.asarray(x, jnp.result_type(x) if isinstance(x, int | float) else None) for x in data]
+    arrays = [_as_array(x) for x in data]
     return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
+
+
+def _as_array(leaf: Any) -> np.ndarray:
+    """Of Python's numbers, of which NumPyro's bijections have some, what JAX makes of them; not of those that it cannot
+    hold, as the places in memory that NumPyro puts in place of arrays."""
+    is_number = isinstance(leaf, float) or (isinstance(leaf, int) and abs(leaf) < 2**31)
+    return np.asarray(leaf, jnp.result_type(leaf) if is_number else None)
 
 
 def is_key(leaf: Any) -> bool:
