@@ -364,6 +364,7 @@ def test_the_posterior_of_words(model, twist):
     assert distance <= (0.01 if twist == "moment" else 0.03)
 
 
+@pytest.mark.slow
 def test_r_is_called_on_bits_only():
     """Whatever the user's code sees, it is 0 or 1."""
     seen = []

@@ -160,7 +160,14 @@ def words_prior(num_bits, noise):
     return diffusion.prior({diffusion.network_site: {"table": exact.table}}), exact.probs
 
 
-@pytest.mark.parametrize("num_bits, noise, word", [(3, 0.3, 2), (3, 0.6, 0), (5, 0.4, 7), (5, 0.2, 22)])
+@pytest.mark.parametrize(
+    "num_bits, noise, word",
+    [
+        (3, 0.3, 2),
+        (3, 0.6, 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 0.4, 7), (5, 0.2, 22))),
+    ],
+)
 @pytest.mark.parametrize("num_trajectories", [256, pytest.param(1000, marks=pytest.mark.slow)])
 def test_two_standard_errors_cover_p(num_bits, noise, word, num_trajectories):
     """In 93 to 97 % of the repetitions with k-hat < 0.5, in cases where that is the rule. The share of 2000 has a
