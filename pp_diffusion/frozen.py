@@ -81,8 +81,7 @@ class Frozen:
 def value_of(tree: Any) -> tuple[Any, ...]:
     """What makes two pytrees equal: their structure, and their arrays bit by bit. Hashable."""
     leaves, structure = jax.tree.flatten(tree)
-    data = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
-    arrays = [_as_array(x) for x in data]
+    arrays = [_as_array(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
     return structure, tuple((a.shape, a.dtype.str, a.tobytes()) for a in arrays)
 
 

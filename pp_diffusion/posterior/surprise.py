@@ -49,19 +49,13 @@ def surprise(values: np.ndarray, simulated: np.ndarray) -> Surprise:
 def conflicts(found: Mapping[str, Surprise]) -> list[str]:
     """In words, what is too near to the middle or too far from it."""
     level = LEVEL / (2 * max(len(found), 1))
-    words = []
-    for name, (nearer, farther) in found.items():
-        for rest, what, why in (
-            (1 - farther, "nearer to the middle of what the model predicts", "it is too wide"),
-            (
-                1 - nearer,
-                "farther from the middle of what the model predicts",
-                "it is too narrow, or elsewhere",
-            ),
-        ):
-            if rest < level:
-                words.append(
-                    f"prior and data are in conflict: site {name!r} lies {what} than {100 * (1 - rest):.1f} % of the "
-                    f"data sets that it makes: {why}"
-                )
-    return words
+    return [
+        f"prior and data are in conflict: site {name!r} lies {where} the middle of what the model predicts than "
+        f"{100 * share:.1f} % of the data sets that it makes: {why}"
+        for name, (nearer, farther) in found.items()
+        for where, share, why in (
+            ("nearer to", farther, "it is too wide"),
+            ("farther from", nearer, "it is too narrow, or elsewhere"),
+        )
+        if 1 - share < level
+    ]
