@@ -20,6 +20,19 @@ CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_
 COMPILES_MUCH = 0.5  # seconds of a test, after which memory maps are counted
 MAPS = Path("/proc/self/maps")
 EXACT = Path(__file__).parent / "exact"
+LONG_DOCTESTS = {  # they train, or sample a model
+    "diffusion",
+    "networks.multi_scale",
+    "networks.unet",
+    "posterior.amortized",
+    "posterior.api",
+    "posterior.comparison",
+    "posterior.flow_reparam",
+    "posterior.particle_gibbs",
+    "posterior.reparam",
+    "posterior.tempered",
+    "training.fit",
+}
 
 
 def pytest_configure(config):
@@ -39,6 +52,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if EXACT in item.path.parents:
             item.add_marker("as_users")
+        if isinstance(item, pytest.DoctestItem) and item.name.split(".", 1)[1] in LONG_DOCTESTS:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -45,12 +45,14 @@ def smc(amortized):
     return smc
 
 
+@pytest.mark.slow
 def test_latents_are_one_vector_and_sites_a_context(amortized):
     latents, context = amortized.simulator.batch(KEY, 5)
     assert latents.shape == (5, 2) and {n: a.shape for n, a in context.items()} == {"y": (5, 3), "z": (5, 1)}
     assert amortized.fit.prior({"y": jnp.zeros(3), "z": jnp.zeros(1)}).event_shape == (2,)
 
 
+@pytest.mark.slow
 def test_pairs_are_those_of_the_model(amortized):
     """Means and the dependence of what is observed on the latents."""
     latents, context = amortized.simulator.batch(KEY, 20_000)
@@ -74,6 +76,7 @@ def test_simulations_without_end():
     assert len(endless.fit.validation.values) == 1 and np.isfinite(endless.fit.losses).all()
 
 
+@pytest.mark.slow
 def test_all_that_a_sampler_gives(smc, capsys):
     draws, chains = smc.get_samples(), smc.get_samples(group_by_chain=True)
     assert draws["x"].shape == (600,) and chains["s"].shape == (2, 300) and (draws["s"] > 0).all()
@@ -92,6 +95,7 @@ def test_uncorrected_draws_are_in_the_sites_units(amortized):
     assert draws["x"].shape == (7,) and (draws["s"] > 0).all()
 
 
+@pytest.mark.slow
 def test_its_evidence_compares_with_others(smc):
     def other(y, z):
         numpyro.sample("y", dist.Normal(0, 1).expand([3]).to_event(1), obs=y)
@@ -109,6 +113,7 @@ def test_a_fit_on_disk_serves_again(amortized, tmp_path):
     np.testing.assert_array_equal(again.sample(KEY, 3, **DATA)["x"], amortized.sample(KEY, 3, **DATA)["x"])
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_size():
     other = train(kwargs={"n": 2})
     assert other.simulator.batch(KEY, 4)[1]["y"].shape == (4, 2)

@@ -447,6 +447,7 @@ def test_bad_input_is_named(case, caplog):
     assert not compiled & LARGE
 
 
+@pytest.mark.slow
 def test_an_importance_of_ones_own_is_taken():
     for schedule in (SCHEDULE, ppd.LearnedSchedule(3, 0.01)):  # a step may be left to the uniform share
         result = fit(X, steered(lambda rates: rates.t - 2, schedule=schedule, network=MLP((3,))), num_steps=2)
@@ -459,17 +460,20 @@ def test_the_compile_guard_sees_compilations(caplog):
     assert "_sample" in set(re.findall(r"Compiling (?:jit\()?(\w+)", caplog.text))
 
 
+@pytest.mark.slow
 def test_a_later_bad_batch_is_named():
     with pytest.raises(ValueError, match="data: batch 2 must be finite"):
         fit([X, with_nan()], num_steps=3)
 
 
+@pytest.mark.slow
 def test_far_from_unit_scale_warns_with_the_columns():
     wide = np.random.default_rng(0).normal(size=(50, 2)) * [1.0, 100.0]
     with pytest.warns(UserWarning, match=r"unit scale in column 1, .*standardize"):
         fit(wide)
 
 
+@pytest.mark.slow
 def test_fit_with_a_context_needs_it_for_its_prior():
     result = fit(X, context=LABELS, num_steps=1)
     with pytest.raises(AttributeError, match=r"context is needed: .* use prior\(context\)\.sample"):

@@ -59,6 +59,7 @@ def at_random(num_timesteps):
     return program, params, setting.chain(num_timesteps), setting.as_weights(params), train
 
 
+@pytest.mark.slow
 def test_handwritten_draws_steps_as_ours_and_its_loss_is_ours():
     program, params, chain, weights, train = at_random(7)
     process, z = program.reverse_process(params), program.to_model_space(train)
@@ -86,6 +87,7 @@ def test_handwritten_draws_steps_as_ours_and_its_loss_is_ours():
     assert UNIFORM_SHARE == 0.2  # the reference's default
 
 
+@pytest.mark.slow
 def test_a_handwritten_reverse_step_is_ours():
     program, params, chain, weights, _ = at_random(7)
     process, x = program.reverse_process(params), jax.random.normal(jax.random.key(5), (20, 2))
@@ -97,6 +99,7 @@ def test_a_handwritten_reverse_step_is_ours():
         np.testing.assert_allclose(variance, ours.variance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_handwritten_samples_have_the_law_of_ours():
     program, params, chain, weights, _ = at_random(7)
     ours = program.to_model_space(program.prior(params).sample(jax.random.key(6), (20_000,)))
@@ -139,6 +142,7 @@ def test_the_naive_program_scores_a_path_as_ours():
         np.testing.assert_allclose(*scores(key), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_naive_elbo_is_k():
     """Within 4 standard errors of both."""
     program, params, chain, weights, train = at_random(5)
@@ -158,6 +162,7 @@ def test_the_naive_elbo_is_k():
     assert abs(draws.mean() - k.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_rounding_is_that_of_the_format():
     """Full mantissas change nothing; fewer bits change K, fewer of them more."""
     program, params, _, _, train = at_random(7)
@@ -173,6 +178,7 @@ def test_rounding_is_that_of_the_format():
     assert off[0] < 1e-6 < 1e-5 < off[1] < off[2] < 0.1
 
 
+@pytest.mark.slow
 def test_all_ways_to_draw_the_steps_have_one_mean():
     """The loss's, within 4.5 standard errors of the noisier; one time for the batch has by far the largest variance."""
     diffusion = ppd.Diffusion(
@@ -203,7 +209,8 @@ NOTES = {  # of rows that time nothing
 }
 
 
-LONG = [
+MODULES = [
+    sampling,
     training_step,
     fit_overhead,
     likelihood,
@@ -217,13 +224,11 @@ LONG = [
     digits,
     posterior,
     unet_step,
-]  # they compile many programs
+]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [sampling] + [pytest.param(module, marks=pytest.mark.slow) for module in LONG],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
 def test_rows(module, tmp_path):
     if module in (flow, digits):
         pytest.importorskip("flowjax")
@@ -358,6 +363,7 @@ def test_baselines_of_images_are_densities():
     np.testing.assert_allclose(one, law.logpdf(x.reshape(3, -1)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_conditional_mixture_reads_in_order_and_is_normalised():
     """A pixel's density knows those before it, in reading order, and integrates to one."""
     radius, x = 2, jax.random.normal(jax.random.key(0), (1, 4, 5))
@@ -382,6 +388,7 @@ def test_a_missing_requirement_is_said(form, monkeypatch, capsys):
     assert "not run: flowjax is not installed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_handwritten_flow_density_is_ours():
     train = at_random(7)[-1]
     program = setting.diffusion(20, train, last_step="network")
@@ -419,6 +426,7 @@ def sbi_folder(tmp_path_factory):
     return folder, design
 
 
+@pytest.mark.slow
 def test_the_tasks_have_their_densities(sbi_folder):
     """Prior and likelihood at a point, written out anew."""
     folder, design = sbi_folder
@@ -450,6 +458,7 @@ def test_a_file_that_is_no_tensor_is_named(tmp_path):
         simulation_tasks.read_array(tmp_path / "design_matrix.pt", 1000)
 
 
+@pytest.mark.slow
 def test_c2st_of_like_and_unlike_draws():
     rng = np.random.default_rng(0)
     one, other, far = rng.normal(size=(500, 2)), rng.normal(size=(500, 2)), rng.normal(3, 1, size=(500, 2))

@@ -75,6 +75,7 @@ def test_states_are_of_unit_scale(name, data):
     np.testing.assert_allclose(transform(states), data, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_density_and_draws_are_those_of_the_transformed_normal(name, data):
     """Of exactly normal states: log p is known, whatever the bijection."""
     diffusion = diffusion_of(name, data)
@@ -90,6 +91,7 @@ def test_density_and_draws_are_those_of_the_transformed_normal(name, data):
     np.testing.assert_allclose(estimate.value, exact.log_prob(x), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_smc(name, data):
     """A likelihood of one number of x: moments by weighing plain draws of the prior."""
     prior = diffusion_of(name, data).prior({})
@@ -110,6 +112,7 @@ def test_smc(name, data):
     np.testing.assert_allclose(draws.mean(0), weights @ x, atol=0.15 * float(data.std(0).max()))
 
 
+@pytest.mark.slow
 def test_noise_has_the_shape_of_states(name, data):
     diffusion = diffusion_of(name, data)
     prior, size = diffusion.prior({}), diffusion.kernel.event_shape[0]
@@ -177,6 +180,7 @@ def test_edges_and_others_are_named(constraint, edge, match):
         ppd.transform_to(constraint, edge)
 
 
+@pytest.mark.slow
 def test_training_refuses_data_on_the_edge():
     diffusion = ppd.Diffusion(
         ppd.GaussianKernel((2,)),

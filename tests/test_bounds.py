@@ -30,6 +30,7 @@ def bound_of(prior, x, seed=0, **settings):
     return ppd.lower_bound(jax.random.key(seed), prior, x, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["analytic", "log_ratio"])
 @pytest.mark.parametrize("last_step", ["kernel", "network"])
 def test_shapes_and_parts(estimator, last_step):
@@ -52,12 +53,14 @@ def test_shapes_and_parts(estimator, last_step):
     assert bound_of(prior, X[0], estimator=estimator).kl_per_step.shape == (4,)
 
 
+@pytest.mark.slow
 def test_shape_of_a_scalar_event():
     prior = ppd.Diffusion(ppd.GaussianKernel(()), SCHEDULE, lambda x_t, t: (0 * x_t, 0 * x_t)).prior({})
     assert bound_of(prior, 0.3).value.shape == ()
     assert bound_of(prior, [0.3, 1.0, 2.0]).kl_per_step.shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_exact_process():
     """Standard normal data and its exact reverse process: every trajectory weighs log p(x)."""
     bound = bound_of(EXACT, X)
@@ -96,6 +99,7 @@ def test_one_sample_has_no_error():
     assert np.isnan(bound_of(GAUSSIAN, X, num_samples=1).std_error).all()
 
 
+@pytest.mark.slow
 def test_estimators_agree():
     analytic = bound_of(GAUSSIAN, X, estimator="analytic", num_samples=3000)
     log_ratio = bound_of(GAUSSIAN, X, estimator="log_ratio", num_samples=3000)
@@ -104,6 +108,7 @@ def test_estimators_agree():
     np.testing.assert_allclose(analytic.kl_per_step.mean(0), log_ratio.kl_per_step.mean(0), atol=0.25)
 
 
+@pytest.mark.slow
 def test_the_estimator_is_a_rule():
     default = bound_of(GAUSSIAN, X)
     np.testing.assert_array_equal(default.value, bound_of(GAUSSIAN, X, estimator="log_ratio").value)

@@ -55,6 +55,7 @@ def whole():
     return fit()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_gives_what_it_would_have(tmp_path, whole):
     """Killed twice, at no multiples of anything: losses, parameters and held-out values are the same."""
     for kill_at in (5, 70):
@@ -89,6 +90,7 @@ def test_pieces_of_a_total_by_one_folder(tmp_path, whole):
     same(ends[-1], whole)
 
 
+@pytest.mark.slow
 def test_batches_go_on_too(tmp_path):
     data = [X[:16], X[16:32], X[32:48]]
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1]), ppd.networks.MLP((3,)))
@@ -98,6 +100,7 @@ def test_batches_go_on_too(tmp_path):
         same(fit(tmp_path / name, make(), diffusion, num_steps=30), fit(None, make(), diffusion, num_steps=30))
 
 
+@pytest.mark.slow
 def test_grain_datasets_go_on_from_their_own_state(tmp_path):
     grain = pytest.importorskip("grain")
     rows = grain.MapDataset.source(X).shuffle(seed=3).repeat().batch(16, drop_remainder=True)
@@ -109,6 +112,7 @@ def test_grain_datasets_go_on_from_their_own_state(tmp_path):
     same(fit(tmp_path / "run", data, num_steps=30), fit(None, data, num_steps=30))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     fit(tmp_path / "run", num_steps=8, validation_data=X[:30])
     wider = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.1, 0.2]), ppd.networks.MLP((4,)))

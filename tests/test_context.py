@@ -25,6 +25,7 @@ class Added(nn.Module):
         return out[..., :2], out[..., 2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_features", [1, 2, 6])
 def test_one_axis_of_features(num_features):
     """N rows of k covariates, for k = 1 and k = N as well, whose axes could be mistaken for each other."""

@@ -95,6 +95,7 @@ def test_trees_keep_their_structure_and_batch_axes():
 # --- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_prior_is_a_function_of_words():
     result = fit(context=WORDS, num_steps=400, batch_size=120, val_prop=0.0)
     prior = result.prior(["oak", "elm"])
@@ -126,6 +127,7 @@ def test_functions_iterables_and_files_encode_as_arrays_do(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_encoded_too():
     """Such as training encoded: the same rows, held out by the user, have the same K."""
     own, given = fit(context=WORDS), fit(X[:100], context=WORDS[:100], validation_data=(X[100:], WORDS[100:]))
@@ -134,6 +136,7 @@ def test_held_out_rows_are_encoded_too():
         fit(context=WORDS, validation_data=(X[:2], np.array(["yew", "oak"])))
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_scale(tmp_path):
     """Also with other rows, and from a file."""
     first = fit(context=SIZES, num_steps=3, total_steps=6)
@@ -143,6 +146,7 @@ def test_going_on_keeps_the_scale(tmp_path):
         assert on.covariates == first.covariates
 
 
+@pytest.mark.slow
 def test_one_can_be_left_as_it_is():
     def network(x_t, t, context):
         return x_t + jnp.eye(3)[context, :2], 0 * x_t
@@ -160,6 +164,7 @@ class Pooled(nn.Module):
         return nn.tanh(nn.Dense(6)(context)).mean(-2)
 
 
+@pytest.mark.slow
 def test_sets_go_through_an_embedding_of_their_own():
     sets = RNG.normal(size=(120, 5, 2))
     network = ppd.networks.Embedded(ppd.networks.MLP((8,)), embedding=Pooled())
@@ -186,6 +191,7 @@ def dropped():
 OAK = {"kind": "oak", "size": np.array([50.0, 50.0])}
 
 
+@pytest.mark.slow
 def test_conditional_and_unconditional_are_one_network(dropped):
     """The unconditional prior is that of all rows."""
     draws = dropped.prior(None).sample(KEY, (1000,))
@@ -207,6 +213,7 @@ def test_the_share_that_is_dropped():
     assert ppd.Covariates.from_rows(SIZES).dropped(KEY, encoded) is encoded
 
 
+@pytest.mark.slow
 def test_guidance(dropped):
     """1 is the prior itself, 0 that without a context; beyond 1, draws lie beyond."""
     prior = dropped.prior(OAK)
@@ -221,6 +228,7 @@ def test_guidance(dropped):
         prior.guided(np.inf)
 
 
+@pytest.mark.slow
 def test_guided_bits():
     bits = (RNG.uniform(size=(60, 4)) < 0.5 * (1 + (WORDS[:60] == "oak"))[:, None] * 0.9).astype(int)
     diffusion = ppd.Diffusion(ppd.BinomialKernel((4,)), ppd.FixedSchedule.constant_erasure(5), ppd.networks.MLP((8,)))

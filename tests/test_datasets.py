@@ -30,6 +30,7 @@ def test_swiss_roll_is_scikit_learns():
     np.testing.assert_allclose(np.cov(ours.T), np.cov(theirs.T), atol=1.5)
 
 
+@pytest.mark.slow
 def test_swiss_roll_log_prob_is_a_density():
     data = ppd.datasets.swiss_roll(jax.random.key(0), 10, 10)
     axis = jnp.linspace(-18.0, 18.0, 181)
@@ -43,6 +44,7 @@ def test_swiss_roll_log_prob_is_a_density():
     np.testing.assert_allclose(bits, -1.955, atol=0.1)  # the design's exact-answer table
 
 
+@pytest.mark.slow
 def test_heartbeat():
     data = ppd.datasets.heartbeat(jax.random.key(0), 500, 50)
     assert data.train.shape == (500, 20) and data.test.shape == (50, 20)

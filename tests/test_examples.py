@@ -53,8 +53,9 @@ ROWS = {
     "regression": ["least squares", "90 % intervals hold"],
     "digits_given_label": ["draws, guided by 2", "by Bayes' rule"],
 }
-# the others have tables, figures, likelihoods and SMC; README's scripts train
+# they train, and compile much
 LONG = (
+    "likelihood",
     "digits",
     "posterior_heartbeat",
     "swiss_roll",

@@ -369,6 +369,7 @@ def case(request):
     return Case(request.param)
 
 
+@pytest.mark.slow
 def test_density_is_numpyros(case):
     """log r and the latents' log prior."""
     assert case.factors.systems == case.systems
@@ -458,6 +459,7 @@ def test_obs_mask_on_a_likelihood():
     np.testing.assert_allclose(found.log_r, norm(z[..., 0], 0.5).logpdf(0.5), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_discrete_latents():
     def model(y):
         with numpyro.plate("n", 3):
@@ -472,6 +474,7 @@ def test_discrete_latents():
     np.testing.assert_allclose(found.log_prior, np.log(np.array([0.2, 0.3, 0.5]))[k], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_contexts_of_a_batch_shape():
     """Each system steps with its own context, in every chain."""
 
@@ -597,6 +600,7 @@ def test_errors_of_the_model_come_through():
         read_model(model, ({"b": Y},), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -35,6 +35,7 @@ def fit(data=DATA, diffusion=None, num_steps=30, **settings):
     )
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_figure_is_that_of_the_returned_parameters():
     result = fit(num_steps=1500, batch_size=128)
     bound = ppd.lower_bound(jax.random.key(2), result.prior, DATA).value.mean()
@@ -83,6 +84,7 @@ def test_totals_that_do_not_fit_are_named():
             fit(**settings)
 
 
+@pytest.mark.slow
 def test_it_is_svi_on_the_bound_pair():
     """The same updates, written out in plain NumPyro."""
     diffusion, optimizer = small(), optax.adam(1e-3)
@@ -99,6 +101,7 @@ def test_it_is_svi_on_the_bound_pair():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), result.params, svi.get_params(state))
 
 
+@pytest.mark.slow
 def test_losses_are_minus_the_bound_per_datum():
     diffusion = small()
     params = diffusion.init_params(jax.random.key(0))
@@ -108,6 +111,7 @@ def test_losses_are_minus_the_bound_per_datum():
     assert abs(-result.losses.mean() - value) < 4.5 * error + 0.01
 
 
+@pytest.mark.slow
 def test_average_of_parameters_forgets_the_first_ones():
     """Short runs: the average is near the end of training, not near the start."""
     optimizer = optax.sgd(1e-2)
@@ -123,6 +127,7 @@ def test_average_of_parameters_forgets_the_first_ones():
     assert jax.tree.structure(start) == jax.tree.structure(averaged)
 
 
+@pytest.mark.slow
 def test_constant_parameters_average_to_themselves():
     init = fit(num_steps=1, optimizer=optax.sgd(0.0), average=None).params
     averaged = fit(num_steps=57, optimizer=optax.sgd(0.0), average=0.999).params
@@ -157,6 +162,7 @@ def test_iterables():
         fit([batches[0], np.full((4, 2), np.nan)], num_steps=10)
 
 
+@pytest.mark.slow
 def test_context_goes_with_its_rows():
     """Two classes at ±2: only a model that is given the label can tell them apart."""
     labels = jnp.arange(400) % 2
@@ -218,6 +224,7 @@ def test_no_recompilation_per_call():
     assert not programs
 
 
+@pytest.mark.slow
 def test_evaluations_cost_no_recompilation():
     """What they put into the state is of the types that were there."""
     diffusion = Diffusion(GaussianKernel((2,)), FixedSchedule.log_linear(8, 1e-2), ppd.networks.MLP((9,)))
@@ -227,6 +234,7 @@ def test_evaluations_cost_no_recompilation():
     assert programs["run"] == programs["evaluate"] == 1
 
 
+@pytest.mark.slow
 def test_non_finite_loss_is_an_error_that_keeps_what_was_trained():
     with pytest.raises(ppd.NonFiniteLossError, match=r"the loss is nan at update 1\b"):
         fit(
@@ -243,6 +251,7 @@ def test_non_finite_loss_is_an_error_that_keeps_what_was_trained():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_left_out_and_counted():
     """By choice: the parameters are those that the finite ones made, and more than were allowed are an error."""
     times = []
@@ -296,6 +305,7 @@ def test_a_mesh_of_one_device_changes_nothing():
         fit(num_steps=1, mesh=jax.make_mesh((1,), ("model",)))
 
 
+@pytest.mark.slow
 def test_far_scales_warn_with_the_columns():
     data = DATA * jnp.array([1.0, 50.0])
     with pytest.warns(UserWarning, match=r"far from unit scale in column 1, and no transform"):
@@ -362,6 +372,7 @@ def test_data_of_no_known_form():
         fit(3.0)
 
 
+@pytest.mark.slow
 def test_squared_errors_train_the_mean_and_leave_the_variance(capsys):
     """objective="mse": the errors fall, K rises, and the variance stays beta_t, where the readout started it."""
     data = jax.random.normal(jax.random.key(0), (500, 2)) * jnp.array([0.3, 0.5]) + jnp.array([1.0, -0.5])

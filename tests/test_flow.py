@@ -22,6 +22,7 @@ FLOW = TWO.diffusion().flow({}, **BRIEF)
 SHIFTED = Mixture(TWO.weights, TWO.means, TWO.scales, shift=lambda context: context)
 
 
+@pytest.mark.slow
 def test_shapes():
     assert FLOW.batch_shape == () and FLOW.event_shape == (2,)
     assert FLOW.sample(KEY).shape == (2,)
@@ -35,6 +36,7 @@ def test_shapes():
     assert FLOW.num_calls == 19
 
 
+@pytest.mark.slow
 def test_noise_and_back():
     flow = FLOW.__class__(FLOW.prior, num_steps=24)
     noise = jax.random.normal(KEY, (6, 2))
@@ -47,6 +49,7 @@ def test_noise_and_back():
     np.testing.assert_allclose(flow.log_prob(x), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_check_measures_the_error_of_the_steps(capsys):
     coarse, fine = (FLOW.__class__(FLOW.prior, num_steps=n, solver=solvers.RK4).check(KEY, num=64) for n in (6, 24))
     assert coarse.error > 30 * fine.error > 0
@@ -58,6 +61,7 @@ def test_check_measures_the_error_of_the_steps(capsys):
     assert 0.1 > few.draws.mean() > 20 * fine.draws.mean() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [
@@ -83,6 +87,7 @@ def test_support_is_validated():
     assert FLOW.support == constraints.independent(constraints.real, 1)
 
 
+@pytest.mark.slow
 def test_context_is_a_batch():
     shift = jnp.array([[0.0, 0.0], [2.0, -1.0], [0.5, 3.0]])
     flow = SHIFTED.diffusion().flow({}, context=shift, context_event_dim=1, **BRIEF)
@@ -98,6 +103,7 @@ def test_context_is_a_batch():
     assert flow.log_prob(X[0]).shape == (3,)  # one datum under each context
 
 
+@pytest.mark.slow
 def test_pytree_jit_vmap_grad():
     leaves, structure = jax.tree.flatten(FLOW)
     again = jax.tree.unflatten(structure, leaves)
@@ -128,6 +134,7 @@ def test_second_derivatives():
     assert np.isfinite(jax.hessian(FLOW.log_prob)(X[0])).all()
 
 
+@pytest.mark.slow
 def test_gradient_by_the_parameters():
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(20), ppd.networks.MLP((8,)))
     params = diffusion.init_params(KEY)
@@ -190,6 +197,7 @@ def test_refusals():
             getattr(FLOW, moment)
 
 
+@pytest.mark.slow
 def test_networks_between_steps():
     """Whether a network looks at the step's number is read off its program."""
     make = partial(ppd.Diffusion, ppd.GaussianKernel((2,)), ppd.FixedSchedule.log_linear(8))

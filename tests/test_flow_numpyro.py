@@ -61,6 +61,7 @@ def fitted():
     return nuts(handlers.reparam(model, config=REPARAM), Y)
 
 
+@pytest.mark.slow
 def test_nuts_on_noise(fitted):
     draws = fitted.get_samples()
     assert draws["x"].shape == draws["x_noise"].shape == (600, 2)
@@ -185,6 +186,7 @@ def test_nuts_over_several_sites():
     assert abs(draws["x"].sum(-1).mean() + draws["w"].mean() - 2.0) < 1.0
 
 
+@pytest.mark.slow
 def test_mixture_of_two_flows():
     far = Mixture([1.0], [[5.0, 5.0]], [[0.5, 0.5]]).diffusion().flow({}, **BRIEF)
     mixture = dist.MixtureGeneral(dist.Categorical(jnp.array([0.25, 0.75])), [FLOW, far])
@@ -210,6 +212,7 @@ def labelled(y=None, law=flow_of_label):
     numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_enumeration_of_a_label():
     pytest.importorskip("funsor")
     y = jnp.array([1.5, 1.5])
@@ -250,6 +253,7 @@ def rows_with_labels(y=None):
         numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_enumeration_in_a_plate():
     """A label for each row, summed out: the joint density of all x is the product of the rows' mixtures."""
     pytest.importorskip("funsor")

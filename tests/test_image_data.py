@@ -296,6 +296,7 @@ def same_leaf(distance, low, high, exponent):
     return shared / (2 * np.sum(law * np.pi * r**2) - shared)
 
 
+@pytest.mark.slow
 def test_dead_leaves_have_the_correlations_of_their_law():
     """Grey values are independent from leaf to leaf, so that their correlation is the probability of one leaf. Errors
     are those over images, which are independent; within 4.5 of them."""

@@ -89,6 +89,7 @@ def test_unet_refuses_what_are_no_images():
         make(SMALL, (2, 2)).init_params(jax.random.key(0), jnp.array([0, 1]), 1)
 
 
+@pytest.mark.slow
 def test_time_context_and_far_pixels_reach_every_output_and_rows_do_not_mix():
     diffusion, labels = make(SMALL, (4, 4, 2)), jax.nn.one_hot(jnp.array([0, 2, 1]), 3)
     params = shaken(jax.jit(lambda k: diffusion.init_params(k, labels, 1))(jax.random.key(0)))
@@ -104,6 +105,7 @@ def test_time_context_and_far_pixels_reach_every_output_and_rows_do_not_mix():
         assert (np.abs(other[0] - out[0]) > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_without_attention_a_unet_is_convolutional():
     """Away from the edges, a shift of the image by the coarsest pixel shifts the output."""
     network = ppd.networks.UNet(channels=(3, 4), num_blocks=1, attention_levels=0, num_groups=1)
@@ -135,6 +137,7 @@ def small_scales(event_shape, network=SCALES, **settings):
     return diffusion, shaken(jax.jit(diffusion.init_params)(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_a_multi_scale_layer_is_the_papers():
     """Means of blocks, a convolution for each scale, repetition, the sum, softplus: by loops over pixels."""
     network = ppd.networks.MultiScaleConv(
@@ -173,6 +176,7 @@ def test_bumps_are_those_of_the_paper():
     np.testing.assert_allclose(found, bumps @ [1, 10, 100] / bumps.sum(1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_multi_scale_convolutions_of_patches_serve_images_of_any_size():
     """Parameters are those of any size; inside, away from edges, a larger image is what its patch is."""
     patch, params = small_scales((16, 14, 2), parameterization="paper")
@@ -189,6 +193,7 @@ def test_multi_scale_convolutions_of_patches_serve_images_of_any_size():
     assert prior.sample(jax.random.key(3), (1,)).shape == (1, 33, 30, 2)
 
 
+@pytest.mark.slow
 def test_time_enters_the_readout_alone_and_the_dense_path_sees_all_pixels():
     near, params = small_scales((8, 6))
     x = jax.random.normal(jax.random.key(2), (T, 8, 6))
@@ -204,6 +209,7 @@ def test_time_enters_the_readout_alone_and_the_dense_path_sees_all_pixels():
     assert (np.abs(run(params, same.at[:, 0, 0].add(1.0)) - run(params, same)) > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_multi_scale_refuses_and_takes_contexts():
     for wrong, said in (
         ({"features": ()}, "features or dense_units"),

@@ -479,6 +479,7 @@ def toy_network(x_t, t):
     return tuple(jnp.where(x_t == k, 2.0, 0.0) / t[..., None] for k in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_step", ["kernel", "network"])
 def test_a_third_kernel_goes_through_the_whole_package(last_step):
     kernel = UniformCategorical((2,))
@@ -517,6 +518,7 @@ class ToyNet(nn.Module):
         return tuple(out[..., k] for k in range(3))
 
 
+@pytest.mark.slow
 def test_a_third_kernel_trains():
     diffusion = ppd.Diffusion(UniformCategorical((2,)), ppd.FixedSchedule.constant_erasure(4), ToyNet())
     data = np.array([[0, 0], [1, 1], [2, 2]] * 10)

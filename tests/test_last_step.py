@@ -82,6 +82,7 @@ def test_the_prior_is_one_of_integers():
         assert law.kernel == KERNEL and law.transform is AFFINE
 
 
+@pytest.mark.slow
 def test_the_program_has_probabilities_at_its_site():
     """Site "x" of the whole-trajectory program: sums to one over the levels, given the path."""
     model = handlers.seed(diffusion().model, 0)

@@ -144,6 +144,7 @@ def test_an_unseen_flip_is_in_the_error_of_discrete_data():
     np.testing.assert_allclose([made_of(np.zeros(100)).std_error[0], lucky.std_error[0]], [0, 0.01], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_extend_weights_a_separate_bound_by_its_samples():
     """100 and 200 trajectories bring 6 and 12 samples of K."""
     one, other = (ppd.estimate_log_prob(key, BINOMIAL, np.eye(2), num) for key, num in ((KEY, 100), (OTHER, 200)))
@@ -155,6 +156,7 @@ def test_extend_weights_a_separate_bound_by_its_samples():
             one.extend(OTHER, wrong)
 
 
+@pytest.mark.slow
 def test_a_context_of_a_datum_meets_all_data():
     """A prior with a batch of contexts and one datum: a value per context."""
 

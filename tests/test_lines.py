@@ -69,6 +69,7 @@ def test_integrals(name):
     assert float(jnp.sqrt(found.variance[0])) == pytest.approx(sd, rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_impossible_everywhere():
     found = tilt(lambda s: jnp.full_like(s, -jnp.inf), (3,), jnp.zeros(()).dtype)
     assert (found.log_z < -1e20).all()
@@ -88,9 +89,8 @@ def run(density, y, num_particles=200, num_chains=8, key=0):
     return smc
 
 
-@pytest.mark.parametrize(
-    "name", ["exponential", *(pytest.param(n, marks=pytest.mark.slow) for n in ("counts", "a square"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exponential", "counts", "a square"])
 def test_evidence_and_draws(name):
     """Where x_0 given x_t is normal, the twist is exact: 200 particles do what thousands could not."""
     density, y = DENSITIES[name]

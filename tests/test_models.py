@@ -98,11 +98,8 @@ def images_case(name, monkeypatch):
     return script.diffusion(network, **units), x, units
 
 
-QUICK = ("swiss_roll", "digits", "cifar10")  # one of a kind
-
-
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*CASES, *IMAGES)]
+    "name", [n if n == "swiss_roll" else pytest.param(n, marks=pytest.mark.slow) for n in (*CASES, *IMAGES)]
 )
 def test_script_has_the_densities_of_diffusion(name, monkeypatch):
     script = ALL[name]
@@ -133,7 +130,8 @@ def test_script_has_the_densities_of_diffusion(name, monkeypatch):
             np.testing.assert_allclose(written_out[site], expected[site], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["swiss_roll", "heartbeat", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swiss_roll", "heartbeat", "digits"])
 def test_script_generates(name):
     diffusion, x, units = CASES[name]()
     params = diffusion.init_params(jax.random.key(0))
@@ -184,6 +182,7 @@ def test_two_moons_are_normalised():
     assert np.isfinite(simulation.Crescent(simulation.centre(x)).log_prob(y)).all()
 
 
+@pytest.mark.slow
 def test_labelled_digits_keep_their_labels():
     """Noise and shifts of a pixel leave an image nearest to its own level image."""
     data = ppd.datasets.digits(jax.random.key(0))

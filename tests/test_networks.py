@@ -91,6 +91,7 @@ def test_context_reaches_a_stock_network(name):
     assert np.abs(out[0] - out[1]).max() > 0
 
 
+@pytest.mark.slow
 def test_an_entry_reads_itself_and_is_told_of_the_others():
     """With nothing told, an output depends on its own entry alone, by the same function for all; told, on all."""
     diffusion = make(ppd.networks.Entrywise((5,)), (2, 2))
@@ -304,6 +305,7 @@ def test_stateful_modules_are_refused():
             make(module(nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 def test_an_nnx_module_trains_and_is_not_changed():
     module = Nnx(nnx.Rngs(0))
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(module, nnx.Param)))

@@ -54,6 +54,7 @@ def recursion(reverse, power, gradient=lambda x: 2.0 - x, curvature=-1.0):
 # --- what it converges to ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variance", "power", "at_100", "limit"),
     [
@@ -158,6 +159,7 @@ def _with(word, i, bit):
     return np.where(np.arange(3) == i, bit, word)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", POWERS)
 def test_bits_by_enumeration(power):
     exact = perturbed_step(BINARY.base, POWERS[power](3, 3) * TABLE)
@@ -231,6 +233,7 @@ def test_shapes_and_expand():
     assert binary_prior().has_rsample is ppd.perturb(binary_prior(), log_r, power="constant").has_rsample is False
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_pytree():
     law, keys = perturbed_normal(), jax.random.split(jax.random.key(0), 3)
     leaves, structure = jax.tree.flatten(law)

@@ -210,6 +210,7 @@ def test_figure_1():
         ppd.plotting.trajectories(jax.random.key(0), binary.prior({}), jnp.ones((3, 2)))
 
 
+@pytest.mark.slow
 def test_losses():
     data = jax.random.normal(jax.random.key(0), (50, 2))
     result = ppd.fit(jax.random.key(1), DIFFUSION, data, num_steps=30, batch_size=10, progress_bar=False)

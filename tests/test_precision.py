@@ -24,6 +24,7 @@ def prior(**settings):
     return diffusion(**settings).prior(diffusion(**settings).init_params(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_large_offsets_are_refused():
     """Time stamps: in float32 their spread is gone, and K of what is left would be far above the truth."""
     with pytest.raises(ValueError, match=r"data lose their spread when rounded to float32 in columns 0, 1"):
@@ -56,6 +57,7 @@ def test_what_is_no_transform_of_the_events(transform):
         diffusion(transform=transform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [
@@ -111,6 +113,7 @@ def test_log_weight_compiles_once():
     assert own.process.num_timesteps == 4
 
 
+@pytest.mark.slow
 def test_swapped_and_foreign_arguments():
     own, params = prior(), diffusion().init_params(jax.random.key(0))
     with pytest.raises(TypeError, match="prior must be a DiffusionPrior"):

@@ -124,6 +124,7 @@ def test_jit_and_vmap(name):
     np.testing.assert_allclose(many[1], expected, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_parameters():
     stacked = jax.tree.map(lambda a: jnp.stack([a, a + 0.5]), PARAMS["mlp"])
     draw = jax.jit(jax.vmap(lambda p: DIFFUSIONS["mlp"].prior(p).sample(jax.random.key(0))))
@@ -205,6 +206,7 @@ def test_nuts_on_a_prior_site_fails_with_the_two_right_ways():
         mcmc.run(jax.random.key(0), PRIORS["gaussian"](), 3, y=jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_trained_in_a_users_own_program():
     """prior(None) declares the parameters; with a rule, its log_prob is an objective."""
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, ppd.networks.RBF(2), name="mine")
@@ -252,6 +254,7 @@ def test_shorter_chains():
 RULES = {"bound": ppd.Bound(jax.random.key(3), num_samples=2), "importance": ppd.Importance(jax.random.key(3), 8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["exp", "binomial", "labels"])
 def test_rules_make_log_prob_a_deterministic_function(name, rule):
@@ -274,6 +277,7 @@ def test_rules_make_log_prob_a_deterministic_function(name, rule):
         assert jax.eval_shape(prior.expand((2, 3)).log_prob, x).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian", "binomial"])
 def test_importance_is_above_the_bound_on_average(name):
     x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
@@ -291,6 +295,7 @@ def test_rules_are_values():
     assert ppd.Importance(jax.random.key(0), 4) != ppd.Importance(jax.random.key(0), 5)
 
 
+@pytest.mark.slow
 def test_a_rule_lets_nuts_run():
     """With a rule the user has asked for an estimate by name, and NUTS is theirs to use."""
     prior = PRIORS["gaussian"](log_prob=ppd.Bound(jax.random.key(0)))

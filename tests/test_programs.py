@@ -112,6 +112,7 @@ def test_binomial_routes_are_unbiased_for_the_bound(name, exact):
     assert abs(-loss - bound) < 4.5 * np.hypot(error, bound_error), (loss, error, bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"batch_size": 2}], ids=str)
 def test_renyi_elbo_is_the_importance_estimate(kwargs, exact):
     """alpha = 0 is eq. 9, per datum of the plate: above K, and near log p with many particles."""
@@ -166,7 +167,8 @@ def run_svi(svi, num_steps, *args, **kwargs):
     return svi.run(jax.random.key(0), num_steps, *args, progress_bar=False, **kwargs)
 
 
-@pytest.mark.parametrize("pair", [pytest.param("bound", marks=pytest.mark.slow), "whole"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["bound", "whole"])
 def test_svi_trains_the_network_and_a_learned_schedule(pair):
     model, guide = (LINEN.bound_model, LINEN.bound_guide) if pair == "bound" else (LINEN.model, LINEN.guide)
     settings = {"num_times": 3} if pair == "bound" else {"batch_size": 3}
@@ -187,12 +189,14 @@ def test_svi_trains_the_network_and_a_learned_schedule(pair):
     assert LINEN.prior(result.params).sample(jax.random.key(1), (3,)).shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_whole_binomial_trajectories_train_without_a_warning():
     diffusion = ppd.Diffusion(ppd.BinomialKernel((2,)), SCHEDULE, ppd.networks.RBF(3))
     result = run_svi(SVI(diffusion.model, diffusion.guide, optax.adam(1e-2), TraceGraph_ELBO()), 3, BITS)
     assert np.isfinite(result.losses).all()
 
 
+@pytest.mark.slow
 def test_one_datum_needs_no_plate():
     for name in ("model", "bound_model"):
         with handlers.seed(rng_seed=0), handlers.trace() as tr:
@@ -209,6 +213,7 @@ def test_bound_model_needs_a_key():
 # --- the other handlers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_predictive():
     params = jax.jit(LINEN.init_params)(jax.random.key(0))
     draws = Predictive(LINEN.model, params=params, num_samples=100, parallel=True, return_sites=["x"])(
@@ -219,6 +224,7 @@ def test_predictive():
     assert paths["path"].shape == (3, 4, 2) and np.isin(paths["path"], [0, 1]).all()
 
 
+@pytest.mark.slow
 def test_predictive_draws_from_the_prior():
     draws = Predictive(GAUSSIAN.model, num_samples=4000, parallel=True)(jax.random.key(1))["x"]
     direct = GAUSSIAN.prior({}).sample(jax.random.key(2), (4000,))
@@ -252,6 +258,7 @@ def test_render_model():
     assert "path" in numpyro.render_model(BINOMIAL.model, model_args=(BITS,)).source
 
 
+@pytest.mark.slow
 def test_two_diffusions_in_one_program():
     first = ppd.Diffusion(ppd.GaussianKernel((2,)), SCHEDULE, ppd.networks.RBF(2), name="first")
     second = ppd.Diffusion(ppd.BinomialKernel((2,)), SCHEDULE, ppd.networks.MLP((3,)), name="second")
@@ -397,6 +404,7 @@ def test_squared_errors_are_those_of_the_mean(last_step):
     np.testing.assert_allclose(loss / len(data), expected, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_squared_errors_of_bits():
     """For binomial kernels f_b is the mean; with the exact posterior's own f_b nothing is left."""
     kernel, schedule = ppd.BinomialKernel((3,), probs=0.3), ppd.FixedSchedule([0.2, 0.4, 0.5])
@@ -418,6 +426,7 @@ def test_squared_errors_cannot_learn_a_schedule():
         ppd.fit(jax.random.key(0), diffusion, jnp.eye(2), num_steps=1, objective="mse")
 
 
+@pytest.mark.slow
 def test_times_per_datum_lower_the_gradients_variance():
     """Against one t for the whole batch, as the authors' code draws it; both gradients are unbiased."""
     diffusion = ppd.Diffusion(ppd.GaussianKernel((2,)), ppd.LearnedSchedule(6, 0.01), ppd.networks.MLP((4,)))
@@ -565,6 +574,7 @@ def test_diffusion_as_a_pytree():
     np.testing.assert_allclose(halved.transform.scale, diffusion.transform.scale / 2)
 
 
+@pytest.mark.slow
 def test_users_site_names_do_not_collide_with_the_data_plate():
     """The prior under a user's own plate of another name, next to the diffusion's bound in one program."""
 

@@ -24,6 +24,7 @@ def run_blocks(text, replacements):
     return scope
 
 
+@pytest.mark.slow
 def test_the_readme_leads_from_data_to_a_posterior(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {

@@ -245,6 +245,7 @@ def test_context_gives_the_batch_shape():
 # --- posteriors ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nuts_on_the_conjugate_case():
     """p = N(0, 1) and r = N(2; x, 1): the posterior is N(1, 0.5)."""
     mcmc = run_nuts(one_site, standard_normal(), y=jnp.array([2.0]), num_chains=2)
@@ -256,6 +257,7 @@ def test_nuts_on_the_conjugate_case():
     assert effective_sample_size(np.asarray(x)) > 300  # so that 4.5 errors are at most 0.2
 
 
+@pytest.mark.slow
 def test_nuts_on_a_correlated_prior():
     mean, cov = LINEAR.moments()
     y, scale = np.array([1.5, -0.5]), 0.7
@@ -318,6 +320,7 @@ def test_svi():
     assert abs(elbo - log_evidence) < 0.05
 
 
+@pytest.mark.slow
 def test_svi_in_a_plate():
     """With a factorised guide: per row the same, and a bound."""
     import optax
@@ -340,6 +343,7 @@ def test_predictive_draws_the_prior():
     assert np.abs(z_score(x, LINEAR.moments()[0])).max() < Z
 
 
+@pytest.mark.slow
 def test_nuts_with_a_context_that_is_a_latent():
     """loc ~ N(0, 4), x ~ N(loc, 1), y = 3 ~ N(x, 1)."""
     draws = run_nuts(context_model, y=jnp.array([3.0])).get_samples(group_by_chain=True)

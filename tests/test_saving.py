@@ -58,6 +58,7 @@ PRIORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", PRIORS.values(), ids=PRIORS.keys())
 def test_round_trip(make, tmp_path):
     prior = make()
@@ -182,6 +183,7 @@ def test_parts_that_cannot_be_described_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_files_of_the_first_format_are_read():
     """Written before rates took the place of the schedule, with what they gave then."""
     prior = ppd.load(DATA / "gaussian_format_1.zip")
@@ -193,6 +195,7 @@ def test_files_of_the_first_format_are_read():
     np.testing.assert_array_equal(bits, [[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_fit", [False, True])
 def test_any_damage_is_a_value_error(tmp_path, is_fit):
     """A bit anywhere, or an end anywhere: of priors and of fits."""
@@ -248,6 +251,7 @@ def test_a_kernel_of_ones_own_with_an_entry(tmp_path):
 # --- what training came to ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_conditional_fit_is_saved_without_a_context(tmp_path):
     """Parameters, history and the state to go on from; and none but the like is read."""
     rng = np.random.default_rng(0)

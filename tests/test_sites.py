@@ -46,6 +46,7 @@ def log_normal(y):
     numpyro.sample("y", dist.LogNormal(x, 0.5).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_a_new_kind_is_one_class(monkeypatch):
     """Where the twist is exact by it, no particle is lost, and the evidence has no error."""
     monkeypatch.setattr(sites, "KINDS", [LogNormal, *sites.KINDS])
@@ -140,6 +141,7 @@ def with_latents(y):
     numpyro.sample("y", dist.Normal(x + k, scale).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [lambda: jax.default_prng_impl("rbg"), lambda: jax.debug_nans(True)])
 def test_runs_under(setting):
     """Random bits of another make; and no NaN is computed."""

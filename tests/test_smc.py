@@ -89,6 +89,7 @@ def test_an_exact_twist_has_constant_weights(eight):
     np.testing.assert_allclose(eight.ess, 32, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_shapes_in_plates(plates):
     """Systems in the order of the plates' axes, and each with its own evidence."""
     smc, y = plates
@@ -102,6 +103,7 @@ def test_shapes_in_plates(plates):
     np.testing.assert_allclose(samples["b"].mean(0), y.sum(-1) / 4, atol=0.2)  # sd .03 for independent draws
 
 
+@pytest.mark.slow
 def test_error_needs_chains():
     assert np.isnan(run(conjugate, Y, SCALE, num_chains=1).log_evidence_error)
 
@@ -120,6 +122,7 @@ def test_progress_bar_changes_nothing(eight, capfd):
     np.testing.assert_array_equal(shown.get_samples()["x"], eight.get_samples()["x"])
 
 
+@pytest.mark.slow
 def test_new_data_same_program(eight):
     other = run(conjugate, jnp.array([0.5, 1.0]), scale=SCALE, num_chains=8)  # by name: one more program
     other.get_samples()
@@ -133,6 +136,7 @@ def test_new_data_same_program(eight):
     assert not compiled
 
 
+@pytest.mark.slow
 def test_pure_functions_give_what_the_facade_gives(eight):
     sampler = Sampler(read_model(conjugate, (Y, SCALE), {}), as_twist(None))
     step, finish = jax.jit(smc_module.step), jax.jit(smc_module.finish)
@@ -170,6 +174,7 @@ def annealed():
     return run(conjugate, Y, SCALE, num_chains=8, twist="annealed")
 
 
+@pytest.mark.slow
 def test_error_covers(annealed):
     """2 errors cover in 95 of 100 runs; over 200, a share outside 0.88…0.995 has odds of 1 in 3 000."""
     covered = []
@@ -192,6 +197,7 @@ def anything(prediction, log_r):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twist", [misled, "constant", *(pytest.param(t, marks=SLOW) for t in (anything, "lookahead"))])
 @pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")
 def test_twists_are_unbiased(twist):
@@ -211,6 +217,7 @@ def half_space(y):
     numpyro.factor("r", jnp.where(x > y, 0.0, -jnp.inf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twist", ["lookahead", pytest.param("moment", marks=SLOW)])
 def test_zero_likelihood_at_predictions(twist, capsys):
     """Where r of the prediction is zero, particles go on unguided; p(x > 1) and the mean beyond 1 are unbiased."""
@@ -234,6 +241,7 @@ def rows(y, known, counts):
         numpyro.sample("y", dist.Delta(shown).mask(counts).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_exact_observations():
     """Another coordinate in each row, and none in the last: its y may be anything."""
     y, known, counts = jnp.array([[0.7], [-1.3], [jnp.nan]]), jnp.array([[1], [0], [0]]), jnp.array([True, True, False])
@@ -332,6 +340,7 @@ def test_a_collapse_is_reported(annealed, capsys):
     assert np.isnan(smc.log_evidence_error) and np.isfinite(smc.log_evidence)
 
 
+@pytest.mark.slow
 def test_one_collapse_of_many_is_named(annealed):
     """One row of three is far out and known to 1e-3; the others are believable, with errors."""
 
@@ -349,6 +358,7 @@ def test_one_collapse_of_many_is_named(annealed):
     np.testing.assert_allclose(smc.log_evidence[[0, 2]], evidence(np.asarray(y)[[0, 2]]), atol=0.1)
 
 
+@pytest.mark.slow
 def test_to_arviz(eight, plates):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the import's own, of the first generation
@@ -419,6 +429,7 @@ def test_to_arviz_without_a_likelihood_per_datum():
 # --- odd sizes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_x64():
     with enable_x64():
         prior = standard_normal((), 3)
@@ -431,6 +442,7 @@ def test_x64():
         assert abs(smc.log_evidence - norm(0, np.sqrt(2)).logpdf(2.0)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_few_steps_and_one_particle(num_steps):

@@ -60,6 +60,7 @@ def check_evidence(smc, truth):
     assert abs(z_score(ratios, 1.0)) < Z
 
 
+@pytest.mark.slow
 def test_deterministic_sites():
     """Of x, of a latent, of both and of neither; not those of what is left to Predictive, or of chance."""
 
@@ -108,6 +109,7 @@ def test_neighbours_couple_a_plate():
     np.testing.assert_allclose(smc.get_samples()["x"].mean(0), matrix.T @ np.linalg.solve(covariance, y), atol=0.05)
 
 
+@pytest.mark.slow
 def test_latents_couple_a_plate():
     """Each element's observation has the latent of the other."""
 
@@ -147,6 +149,7 @@ def test_bits_couple_a_plate(link, prob):
     assert read_model(model, (jnp.ones(2),), {}).systems == ()
 
 
+@pytest.mark.slow
 def test_rare_latents_and_far_states_couple_a_plate():
     def rare(y):
         with numpyro.plate("n", 2):
@@ -162,6 +165,7 @@ def test_rare_latents_and_far_states_couple_a_plate():
         assert read_model(model, (jnp.ones(2),), {}).systems == ()
 
 
+@pytest.mark.slow
 def test_an_exact_observation_of_another_element():
     def model(y):
         with numpyro.plate("n", 2):
@@ -188,6 +192,7 @@ def test_independent_elements_stay_systems(num):
 # --- masks and exact observations ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, num_known", [("handler", 3), ("obs_mask", 2)])
 def test_rows_masked_of_exact_observations(kind, num_known):
     """The mask is of rows; with three rows of three numbers it could be taken for one of columns."""
@@ -235,6 +240,7 @@ def test_moves_where_r_is_zero_at_predictions(twist):
     assert (np.asarray(smc.to_arviz()["sample_stats"]["ess"]) < 1000).any()
 
 
+@pytest.mark.slow
 def test_a_latent_that_says_which_bit_is_seen():
     """x[k] = 1 for a fair k: all eight states, by enumeration."""
 
@@ -288,6 +294,7 @@ def test_one_move_is_one_of_each_kind():
 # --- what changes between runs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_model_refers_to_may_change():
     """Globals and what is closed over are read anew by each run, by the same SMC or another; equal ones need no new
     program."""
@@ -335,6 +342,7 @@ def test_what_is_deep_within_a_model_may_change(how):
         assert run(model).log_evidence == pytest.approx(truth(number), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_twist_may_refer_to_what_changes():
     goal = {"at": 0.0}
 
@@ -376,6 +384,7 @@ def test_floats_that_a_model_has_to_know():
         assert run(model, 2.0, which).log_evidence == pytest.approx(norm(0, math.hypot(1, scale)).logpdf(2.0), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_key_among_the_arguments():
     def model(key, y):
         shift = jax.random.normal(key)
@@ -385,6 +394,7 @@ def test_a_key_among_the_arguments():
     assert run(model, jax.random.key(3), 2.0).log_evidence == pytest.approx(exact, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_covariate_with_missing_entries():
     """NumPyro makes a masked latent of what obs_mask leaves out; x, and what is missing, against the joint normal."""
 
@@ -416,7 +426,8 @@ def test_many_bits_know_their_owners():
 # --- many observations -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_more_observations_than_have_a_covariance(noise):
     """Independent ones, also exact or nearly so, cost no particles."""
     prior, y = standard_normal((70,), 10), jnp.linspace(-2, 2, 66)
@@ -454,9 +465,8 @@ def test_many_observations_of_all_coordinates():
         Moment(-1)
 
 
-@pytest.mark.parametrize(
-    "kind", ["collinear", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("repeated", "correlated noise"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["collinear", "repeated", "correlated noise"])
 def test_many_observations_of_few_coordinates(kind):
     """A regression of 100 numbers, whose x has two: told by two numbers, which is exact for it."""
     rng = np.random.default_rng(0)
@@ -485,6 +495,7 @@ def test_many_observations_of_few_coordinates(kind):
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")
 def test_chains_without_any_likelihood_are_named(capsys):
     """Three of eight: their draws are none, and the evidence counts them as zero; its error is unknown."""
@@ -506,6 +517,7 @@ def test_chains_without_any_likelihood_are_named(capsys):
     assert np.isfinite(smc.log_evidence) and np.isnan(smc.log_evidence_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event_shape", [(), (2, 2)])
 def test_twists_of_ones_own_over_bits(event_shape):
     prior = coin_flips(event_shape)
@@ -522,6 +534,7 @@ def test_twists_of_ones_own_over_bits(event_shape):
     check_evidence(smc, np.log(shares @ norm(counts, 1).pdf(1.0)))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_step():
     """Working memory of a compiled run, at T = 10 and T = 200."""
 

@@ -53,6 +53,7 @@ def test_another_generator_of_random_numbers(rbg):
     smc.print_summary()
 
 
+@pytest.mark.slow
 def test_keys_of_the_old_kind():
     assert abs(run(model, Y, key=jax.random.PRNGKey(3)).log_evidence - TRUTH) < 1e-3
 
@@ -67,6 +68,7 @@ def test_nans_are_no_markers():
     assert abs(smc.log_evidence - TRUTH) < 1e-3
 
 
+@pytest.mark.slow
 def test_keywords_that_numpyro_has_too():
     def own(y, parallel, model, batch_ndims=0):
         x = numpyro.sample("x", PRIOR)
@@ -104,6 +106,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-O"]])
 def test_two_sites_of_one_name(flags):
     """By SMC itself: with python -O there are no assertions."""

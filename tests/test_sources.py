@@ -56,6 +56,7 @@ def test_each_row_is_drawn_as_often_as_any_other(num_rows, batch_size):
     assert (abs(counts - share * repeats) < 5 * np.sqrt(repeats * share)).all()
 
 
+@pytest.mark.slow
 def test_a_file_is_read_as_it_is_drawn_from(tmp_path):
     """The rows that are held out are never drawn, the others are, and what an update gets goes by its number."""
     data = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", shape=(200, 2))
@@ -216,6 +217,7 @@ def test_going_on_with_a_key_of_another_make():
     )
 
 
+@pytest.mark.slow
 def test_numpyros_optimisers_are_taken():
     import optax
 

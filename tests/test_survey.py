@@ -54,6 +54,7 @@ def test_the_evidence_by_plain_draws():
     assert 0.005 < plain.error[0] < 0.1 and 100 < plain.ess[0] < 2000
 
 
+@pytest.mark.slow
 def test_an_exact_process_is_trusted(judged):
     ratio = judged[0.0].ratio
     assert ratio.shape == (NUM_TIMESTEPS,)
@@ -71,6 +72,7 @@ def test_a_noisy_jacobian_is_not(judged):
     assert (np.abs(covariance[:, 0, 1]) < 0.35 * expected).all()  # 256 draws: five standard errors
 
 
+@pytest.mark.slow
 def test_posteriors_with_a_noisy_jacobian_are_right():
     """log Z within .1 nats (five errors), and even weights: without the survey the least ESS is a few."""
     smc = ppd.SMC(model, num_particles=500, num_chains=8, progress_bar=False)

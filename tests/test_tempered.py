@@ -88,6 +88,7 @@ def eight():
     return smc, y
 
 
+@pytest.mark.slow
 def test_constrained_latents(eight, capsys):
     smc, y = eight
     draws = smc.get_samples()
@@ -165,6 +166,7 @@ def test_new_data_same_program(eight):
     assert abs(smc.log_evidence - log_evidence_of_rates(np.array([0, 0, 1]))) < 4 * smc.log_evidence_error
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said(capsys):
     """Modes that are too far apart for so few particles: chains do not agree."""
 
@@ -180,6 +182,7 @@ def test_a_collapse_is_said(capsys):
         ppd.compare_evidence({"a": smc, "b": smc})
 
 
+@pytest.mark.slow
 def test_refusals():
     def discrete():
         numpyro.sample("label", dist.Bernoulli(0.5))

@@ -215,6 +215,7 @@ def test_kl_has_the_mean_of_the_log_ratio(name):
     np.testing.assert_array_less(np.abs(kl.mean(0) - ratio.mean(0)), 4.5 * error)
 
 
+@pytest.mark.slow
 @kernels
 def test_streaming_weight_equals_the_path_distributions(name):
     """The network, called once per step, records the path that the streaming function draws and forgets."""
@@ -240,6 +241,7 @@ def test_streaming_weight_equals_the_path_distributions(name):
         np.testing.assert_allclose(log_w, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_step():
     kernel, rates = ppd.GaussianKernel((2,)), ppd.FixedSchedule([0.3]).rates()
     x_0 = data("gaussian")
@@ -259,6 +261,7 @@ def test_validate_args():
         q.log_prob(jnp.full((T, 2), 0.5))
 
 
+@pytest.mark.slow
 def test_a_users_reverse_function():
     """Any function of (x_t, rates) will do."""
     kernel, rates = ppd.GaussianKernel(()), SCHEDULE.rates()

@@ -136,6 +136,7 @@ def test_blocks_of_normals_are_uniform_within():
     assert np.abs(share - (np.arange(4_000) + 0.5) / 4_000).max() < 1.63 / np.sqrt(4_000)  # Kolmogorov, 1 %
 
 
+@pytest.mark.slow
 def test_blocks_are_values_and_data_on_their_edges_are_data():
     same = ppd.UniformBlocks([1.0, 15, 1], np.array([-1.25, 0, 1.25]), jnp.array([0.25, 0.3, 0.25], jnp.float16))
     assert same != DIGITS  # 0.3 in half precision
@@ -210,9 +211,8 @@ def test_in_data_units():
 # --- in every figure -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["affine_then_exp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("affine", "blocks"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["affine_then_exp", "affine", "blocks"])
 def test_every_figure_carries_the_jacobian(name):
     """The figures in data units are those of the model's space, less log |dx/dz|, for skewed data."""
     transform, x = TRANSFORMS[name], DATA[:6]
@@ -238,6 +238,7 @@ def test_every_figure_carries_the_jacobian(name):
     )
 
 
+@pytest.mark.slow
 def test_the_programs_carry_the_jacobian():
     transform, x = TRANSFORMS["affine_then_exp"], DATA[:3]
     z = transform.inv(x)
@@ -267,6 +268,7 @@ def test_transforms_are_values():
     assert any(leaf is one.transform.loc for leaf in leaves) and any(leaf is one.transform.scale for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_whitened_units_are_the_covariance():
     """Columns that go together have covariance I within; SMC's evidence is that of the data's."""
     rng = np.random.default_rng(0)

@@ -209,6 +209,7 @@ def test_posteriors(name):
 ROWS = np.random.default_rng(0).normal([0.3, -1.0], [1.0, 2.0], (60, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 def test_far_scales(scale):
     """Data in other units: what is learned is the same, and K and log Z differ by the logarithm of the unit."""
@@ -230,6 +231,7 @@ def in_units(y, loc, unit):
     numpyro.sample("y", dist.Normal(x, unit).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e30, 1e-30])
 def test_far_scales_of_observations(unit):
     y = np.array([2.0, -1.0])
@@ -269,6 +271,7 @@ def most_memory():
 # --- priors as parts of other distributions --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mixtures_and_transforms_of_priors():
     """Densities by trajectories, which are exact here."""
     rule = ppd.Importance(KEY, 2)

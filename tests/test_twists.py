@@ -67,6 +67,7 @@ def of_three_states():
     return by_sum, (2.0, 2), truth(by_sum, 2.0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [of_normal, of_bits, of_three_states])
 def test_a_new_twist_is_one_class(case):
     model, args, evidence = case()
@@ -86,6 +87,7 @@ def in_plate(prior, y):
         numpyro.sample("y", dist.Normal(x.sum(-1), 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gaussian, coins])
 def test_a_function_sees_one_chain(make):
     """Particles (P, S, …) of each chain, and the same numbers as for all chains at once."""
@@ -112,6 +114,7 @@ def test_a_function_sees_one_chain(make):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_functions_gradient_shifts_the_step():
     """Through the covariance, too: all chains, each by its own."""
     prior = gaussian()

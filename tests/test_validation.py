@@ -36,6 +36,7 @@ def test_which_rows_are_held_out():
     assert len(hold_out(10_000_000, 0.1)) == 10_000
 
 
+@pytest.mark.slow
 def test_the_best_parameters_are_returned(trained):
     history = trained.validation
     np.testing.assert_array_equal(history.steps, [50, 100, 150, 200])
@@ -87,6 +88,7 @@ def test_data_of_ones_own_judge_in_their_place():
         fit(validation_data=X[:, :1])
 
 
+@pytest.mark.slow
 def test_overfitting_ends_training_and_is_said():
     """Fifteen rows and a network for many more; what comes back is better than the end, on fresh rows too."""
     schedule, network = ppd.FixedSchedule.log_linear(8, 1e-3), ppd.networks.MLP((64, 64))
@@ -136,6 +138,7 @@ def test_they_are_in_the_bar_and_in_the_figures(capsys, trained):
         ppd.plotting.loss_by_time(fit(num_steps=1, val_prop=0.0))
 
 
+@pytest.mark.slow
 def test_few_rows_are_all_trained_on():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -165,6 +165,7 @@ def test_weights_average_to_p_of_x_and_their_logs_to_k(last_step, last_beta):
     assert (exact.bound < np.log(exact.probs) - 0.05).all()
 
 
+@pytest.mark.slow
 def test_streaming_weights_have_the_law_of_path_weights():
     """Two-sample Kolmogorov-Smirnov per word, p > 1e-5 (conservative: there are ties)."""
     diffusion, params, exact = make("kernel", 0.7)
@@ -289,6 +290,7 @@ def test_x0_prediction_is_the_mixture_of_posteriors():
             np.testing.assert_allclose(by_probs, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_optimal_process_of_independent_bits_is_exact():
     """Data of independent bits have a factorised reverse process: every weight is p(x), in float64 and float32."""
     truth, betas = np.array([0.9, 0.3, 0.6]), np.append(np.linspace(0.02, 0.4, 30), 1.0)

@@ -111,6 +111,7 @@ def test_full_erasure_takes_the_mean_that_the_network_tells():
     )  # measured 5e-3, of the first level; 2.2 where x_19 ~ N(0, 1)
 
 
+@pytest.mark.slow
 def test_interpolation_between_trained_steps():
     """A network that reads t alone, and outputs that mean a step: the same density but for the spacing's square."""
     schedule = ppd.FixedSchedule.log_linear(400, 1e-4, -12.0)
@@ -143,6 +144,7 @@ def test_draws_have_the_data_s_moments():
     assert np.abs(z_score(np.asarray(x) ** 2, second)).max() < Z
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased():
     x = jnp.asarray(TWO.sample(3, 3))
     flow = TWO.diffusion().flow({}, num_steps=8, solver=solvers.RALSTON3)

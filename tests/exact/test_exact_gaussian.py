@@ -98,6 +98,7 @@ def test_every_trajectory_has_the_weight_p_of_x_in_float64(name, num_timesteps):
     assert np.abs(weights - DATA.log_prob(X)).max() <= 1e-11 * num_timesteps
 
 
+@pytest.mark.slow
 def test_rates_of_the_users_own_choosing_also_rising_and_falling():
     schedule, log_snr = user_betas(1.0)
     assert_constant(log_weights(exact_prior(schedule, log_snr), X, 64), DATA.log_prob(X), 3e-4)
@@ -260,6 +261,7 @@ def test_streaming_weights_have_the_law_of_path_weights(last_step):
         assert ks_2samp(streamed, paths).pvalue > 1e-5
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_weights_is_p_of_x_for_a_wrong_model():
     """|z| < 4.5 per datum on E w / p(x) = 1, where the weights vary and K is below log p."""
     schedule, log_snr = schedules(12, -3.0)["log_linear"]
@@ -314,6 +316,7 @@ def test_every_term_of_the_bound_of_a_wrong_model(estimator, last_step):
     np.testing.assert_allclose(stated, real, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_the_transforms_jacobian_enters_value_null_and_log_prob():
     loc, scale = np.array([3.0, -2.0, 0.5]), np.array([2.0, 0.05, -7.0])  # a negative scale is one too
     schedule, log_snr = schedules(50, -20.0)["log_linear"]

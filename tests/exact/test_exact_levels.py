@@ -97,6 +97,7 @@ def exact_bound(name):
 # --- the probabilities -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [2, 5, 256, 4096])
 @pytest.mark.parametrize("x64", [False, True])
 def test_probabilities_sum_to_one(levels, x64):
@@ -119,6 +120,7 @@ def test_probabilities_sum_to_one(levels, x64):
         )
 
 
+@pytest.mark.slow
 def test_far_tails_have_finite_probabilities_and_gradients():
     for scale in (1e-3, 1e-2, 1.0, 100.0, 1e4):  # in levels
         value = jax.value_and_grad(lambda loc, s: Levels(loc, s, 256).log_prob(jnp.array(7)), argnums=(0, 1))
@@ -127,6 +129,7 @@ def test_far_tails_have_finite_probabilities_and_gradients():
             assert np.isfinite(log_p) and np.isfinite(gradients).all(), (loc, scale)
 
 
+@pytest.mark.slow
 def test_the_narrow_and_the_wide_form_agree_where_they_meet():
     with jax.enable_x64(True):
         for distance in (0.0, 0.3, 2.0, 7.0):
@@ -135,6 +138,7 @@ def test_the_narrow_and_the_wide_form_agree_where_they_meet():
             np.testing.assert_allclose(log_p[0], log_p[1], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_entropy():
     law = Levels(jnp.array([1.3, 9.0]), jnp.array([0.8, 0.1]), LEVELS)
     log_p = np.asarray(law.log_prob(jnp.arange(LEVELS)[:, None]))

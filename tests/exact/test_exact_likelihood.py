@@ -70,6 +70,7 @@ def test_a_wrong_model_gets_its_own_log_p_and_bound(last_step):
     assert (estimate.verdict != "bound only").all()
 
 
+@pytest.mark.slow
 def test_the_errors_are_the_real_ones_and_the_mean_weight_is_unbiased():
     """1000 estimates of one datum: stated errors within 15 % of the spread; ±1.96 of them cover
     nearly 95 % (the weights are skewed, and those of a large k-hat are left out)."""
@@ -153,14 +154,8 @@ def trained():
     return fit.params
 
 
-@pytest.mark.parametrize(
-    "last_step, num_timesteps",
-    [
-        pytest.param("kernel", 6, marks=pytest.mark.slow),
-        pytest.param("network", 6, marks=pytest.mark.slow),
-        ("kernel", 4),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("last_step, num_timesteps", [("kernel", 6), ("network", 6), ("kernel", 4)])
 def test_a_trained_model_of_words(last_step, num_timesteps):
     """The mean over repetitions of exp(value) is p(x), and K the enumerated one: |z| < 4.5 for every word, the squares
     together at 1e-5; the four most probable words with errors of 1 % and at |z| < 3 (a rate of 1 %, on fixed keys).

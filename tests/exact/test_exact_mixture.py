@@ -155,7 +155,7 @@ def test_reverse_steps_in_single_precision(d_x):
     np.testing.assert_allclose(single[1], double[1], atol=2e-3)
 
 
-@pytest.mark.parametrize("d_x", [2, 8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d_x", [2, *(pytest.param(d, marks=pytest.mark.slow) for d in (8, 80))])
 def test_draws_of_the_diffusion_are_the_mixture(d_x):
     """To .01 of the modes' probabilities (found: .005, .009, .013 with 400 000 draws), on top of the draws' own .01."""
     problem = mixture.problem(d_x, 1, seed=0)
@@ -177,6 +177,7 @@ def run_by_hand(prior, y, matrix, covariance, num_particles, **kwargs):
     return result, np.asarray(z if prior.transform is None else prior.transform(z))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_snr", [-20.0, -6.0, 20.0])
 def test_the_handwritten_smc_is_exact_for_gaussian_data(low_snr):
     data = GaussianData(np.array([0.8, -1.5, 0.1]), np.array([0.4, 1.6, 0.9]))
@@ -203,6 +204,7 @@ def test_the_handwritten_smc_is_exact_for_gaussian_data(low_snr):
     np.testing.assert_allclose(np.cov(x.T), exact_covariance, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d_y", [1, 4])
 def test_the_handwritten_smc_finds_the_mixtures_posterior(d_y):
     problem = mixture.problem(8, d_y, seed=4)
@@ -219,6 +221,7 @@ def ours(d_x, d_y, num_seeds, num_runs):
     return posterior.errors(d_x, d_y, num_seeds, num_runs, {"SMC": posterior.by_smc("moment")})["SMC"]
 
 
+@pytest.mark.slow
 def test_smc_finds_the_mixtures_posterior():
     """1000 particles, T = 100; two of the problems below."""
     found = ours(8, 4, num_seeds=2, num_runs=1)

@@ -113,6 +113,7 @@ def test_more_times_make_the_bound_less_noisy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_step", ["kernel", "network"])
 def test_the_importance_weighted_bound_is_between_k_and_log_p(last_step):
     """RenyiELBO(alpha=0) on trajectories is the log of a mean of weights: its value at n particles is that of
@@ -141,6 +142,7 @@ def test_the_importance_weighted_bound_refuses_the_factors():
             jax.eval_shape(lambda key: RenyiELBO(alpha=0.0).loss(key, params, model, guide, Y), jax.random.key(0))  # noqa: B023
 
 
+@pytest.mark.slow
 def test_both_routes_have_the_same_gradient():
     """d K / d parameters: whole trajectories and factors, averaged over 3000 keys, |z| < 5 for the difference in each
     of the 36 coefficients (error rate 2e-5)."""
@@ -162,6 +164,7 @@ def test_both_routes_have_the_same_gradient():
     assert np.abs(by_path.mean(0) / error).max() > 20  # and it is no comparison of noise
 
 
+@pytest.mark.slow
 def test_a_single_datum_is_a_batch_of_one():
     diffusion, params, bound = make("network")
     for model, guide in ((diffusion.model, diffusion.guide), (diffusion.bound_model, diffusion.bound_guide)):

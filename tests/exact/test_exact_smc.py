@@ -336,20 +336,16 @@ LIKELIHOODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "twist"),
     [
         (some_known, "moment"),
-        *(
-            pytest.param(model, twist, marks=pytest.mark.slow)
-            for model, twist in (
-                (counted, "moment"),
-                (through_flips, "moment"),
-                (by_a_factor, "moment"),
-                (through_flips, "annealed"),
-                (by_a_factor, "annealed"),
-            )
-        ),
+        (counted, "moment"),
+        (through_flips, "moment"),
+        (by_a_factor, "moment"),
+        (through_flips, "annealed"),
+        (by_a_factor, "annealed"),
     ],
 )
 def test_the_posterior_of_words(model, twist):
@@ -383,6 +379,7 @@ def test_r_is_called_on_bits_only():
 # --- evidences -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_evidence_is_unbiased():
     """The mean of exp(log Z - truth) over 200 runs of few particles, with resampling: relative error <= 1 %."""
     smc, _, log_evidences = chains_of(

@@ -109,6 +109,7 @@ def judge(index, x):
     return list(estimate.verdict), right, laws[0]
 
 
+@pytest.mark.slow
 def test_the_law_of_the_weights_is_that_of_many_draws():
     """The yardstick itself: mean and standard deviation of the weights of a model with a light tail."""
     x = DATA.draw(5, 1)
@@ -121,6 +122,7 @@ def test_the_law_of_the_weights_is_that_of_many_draws():
     assert 0.1 < law.tail < 0.2
 
 
+@pytest.mark.slow
 def test_verdicts_on_forty_cases_are_right():
     """Of 40 cases at one datum each at least 95 %; of 960 in a longer trial 98.3 % were right, so that fewer than 38 of
     40 come about once in 200 keys."""
@@ -160,15 +162,9 @@ def words_prior(num_bits, noise):
     return diffusion.prior({diffusion.network_site: {"table": exact.table}}), exact.probs
 
 
-@pytest.mark.parametrize(
-    "num_bits, noise, word",
-    [
-        (3, 0.3, 2),
-        (3, 0.6, 0),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 0.4, 7), (5, 0.2, 22))),
-    ],
-)
-@pytest.mark.parametrize("num_trajectories", [256, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_bits, noise, word", [(3, 0.3, 2), (3, 0.6, 0), (5, 0.4, 7), (5, 0.2, 22)])
+@pytest.mark.parametrize("num_trajectories", [256, 1000])
 def test_two_standard_errors_cover_p(num_bits, noise, word, num_trajectories):
     """In 93 to 97 % of the repetitions with k-hat < 0.5, in cases where that is the rule. The share of 2000 has a
     standard error of half a per cent."""
