@@ -1,9 +1,11 @@
-"""Compilation is most of what the quick tests cost: they do without XLA's optimisations, which save nothing there, and
-by its older emitters of loops for CPUs, which compile twice as fast. What one process has compiled the others take from
-a folder that goes with the run.
+"""Compilation is most of what the tests cost. XLA's older emitters of loops for CPUs compile faster than today's, and
+the quick tests do without its optimisations, which save nothing there. What one process has compiled the others take
+from a folder that goes with the run.
 
-A run that asks for other tests than the quick ones, `pytest -m slow`, compiles as a user's program does. So does one
-with XLA_FLAGS set, to nothing for instance.
+A run of other tests than the quick ones, `pytest -m slow`, has the optimisations of LLVM's first level; one that asks
+for `as_users` too, or has XLA_FLAGS set, to nothing for instance, compiles as a user's program does.
+
+`--part 1/3` runs a third of what is asked for, the same tests each time.
 """
 
 import os
@@ -11,11 +13,14 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
 QUICK = "not slow"  # pyproject's
-LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+OLDER = "--xla_cpu_use_fusion_emitters=false"
+LIGHT = f"{OLDER} --xla_cpu_parallel_codegen_split_count=1"
+FIRST_LEVEL = f"{OLDER} --xla_backend_optimization_level=1"
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 COMPILES_MUCH = 0.5  # seconds of a test, after which memory maps are counted
 MAPS = Path("/proc/self/maps")
@@ -35,8 +40,16 @@ LONG_DOCTESTS = {  # they train, or sample a model
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="a part of the tests, as 2/3 for the second of three")
+
+
 def pytest_configure(config):
-    if config.option.markexpr == QUICK and "XLA_FLAGS" not in os.environ:
+    if "XLA_FLAGS" in os.environ or "as_users" in config.option.markexpr:
+        return
+    if config.option.markexpr != QUICK:
+        os.environ["XLA_FLAGS"] = FIRST_LEVEL
+    else:
         os.environ |= {"XLA_FLAGS": LIGHT, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # also for programs that tests start
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             folder = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -48,7 +61,11 @@ def pytest_report_header():
     return f"arviz {version('arviz')}"  # of two generations; not imported, which would read its back ends
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("part").split("/"))
+    is_other = {item: crc32(item.nodeid.encode()) % parts != part % parts for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if is_other[item]])
+    items[:] = [item for item in items if not is_other[item]]
     for item in items:
         if EXACT in item.path.parents:
             item.add_marker("as_users")
