@@ -26,17 +26,17 @@ COMPILES_MUCH = 0.5  # seconds of a test, after which memory maps are counted
 MAPS = Path("/proc/self/maps")
 EXACT = Path(__file__).parent / "exact"
 LONG_DOCTESTS = {  # they train, or sample a model
-    "diffusion",
-    "networks.multi_scale",
-    "networks.unet",
-    "posterior.amortized",
-    "posterior.api",
-    "posterior.comparison",
-    "posterior.flow_reparam",
-    "posterior.particle_gibbs",
-    "posterior.reparam",
-    "posterior.tempered",
-    "training.fit",
+    "pp_diffusion.diffusion",
+    "pp_diffusion.networks.multi_scale",
+    "pp_diffusion.networks.unet",
+    "pp_diffusion.posterior.amortized",
+    "pp_diffusion.posterior.api",
+    "pp_diffusion.posterior.comparison",
+    "pp_diffusion.posterior.flow_reparam",
+    "pp_diffusion.posterior.particle_gibbs",
+    "pp_diffusion.posterior.reparam",
+    "pp_diffusion.posterior.tempered",
+    "pp_diffusion.training.fit",
 }
 
 
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if EXACT in item.path.parents:
             item.add_marker("as_users")
-        if isinstance(item, pytest.DoctestItem) and item.name.split(".", 1)[1] in LONG_DOCTESTS:
+        if isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[0] in LONG_DOCTESTS:
             item.add_marker("slow")
 
 

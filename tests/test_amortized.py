@@ -90,6 +90,7 @@ def test_all_that_a_sampler_gives(smc, capsys):
     np.testing.assert_array_equal(smc.observed_values["y"], DATA["y"])
 
 
+@pytest.mark.slow
 def test_uncorrected_draws_are_in_the_sites_units(amortized):
     draws = amortized.sample(KEY, 7, **DATA)
     assert draws["x"].shape == (7,) and (draws["s"] > 0).all()

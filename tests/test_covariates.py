@@ -243,6 +243,7 @@ def test_guided_bits():
 # --- files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_know_the_context(tmp_path, dropped):
     """The function of it without an example, a prior given one, and one that is guided."""
     ppd.save(tmp_path / "a.ppd", dropped.prior)
@@ -258,6 +259,7 @@ def test_files_know_the_context(tmp_path, dropped):
     assert ppd.load_fit(tmp_path / "c.fit").prior == dropped.prior
 
 
+@pytest.mark.slow
 def test_a_network_with_an_embedding_is_passed_back_in(tmp_path):
     network = ppd.networks.Embedded(ppd.networks.MLP((8,)), embedding=Pooled())
     sets = RNG.normal(size=(120, 5, 2))

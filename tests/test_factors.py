@@ -381,6 +381,7 @@ def test_density_is_numpyros(case):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_normal_parts_make_up_the_density(case):
     found = case.found
     total = normal_log_prob(found) + found.correction + found.discrepancy.sum(-1) + found.log_other

@@ -152,6 +152,7 @@ def test_x64():
         np.testing.assert_allclose(flow.log_prob(x), FLOW.log_prob(X), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (2, 3)])
 def test_events_of_any_number_of_axes(shape):
     diffusion = ppd.Diffusion(

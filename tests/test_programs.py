@@ -139,6 +139,7 @@ def test_renyi_elbo_refuses_the_bound_pair(num_times, schedule, last_step):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_step", ["kernel", "network"])
 def test_one_step_chain(last_step):
     """T = 1: for standard normal data through N(sqrt(1-β) x, β), all routes agree."""

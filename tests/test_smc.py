@@ -291,6 +291,7 @@ def by_factor(r):
     numpyro.factor("my_factor", numpyro.sample("x", SCALAR) * 0 + r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "r, error, match",
     [

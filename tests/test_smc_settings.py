@@ -58,6 +58,7 @@ def test_keys_of_the_old_kind():
     assert abs(run(model, Y, key=jax.random.PRNGKey(3)).log_evidence - TRUTH) < 1e-3
 
 
+@pytest.mark.slow
 def test_nans_are_no_markers():
     """A whole run, its draws and its report while JAX raises at the first NaN."""
     with jax.debug_nans(True):

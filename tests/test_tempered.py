@@ -103,6 +103,7 @@ def test_constrained_latents(eight, capsys):
     assert "log evidence: " in out and "bits), ± " in out and out.endswith("believable\n") and "twice" in out
 
 
+@pytest.mark.slow
 def test_arviz_and_comparison(eight):
     smc, y = eight
     groups = smc.to_arviz()

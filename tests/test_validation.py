@@ -124,6 +124,7 @@ def test_noise_on_rows_shrinks_and_goes():
     assert as_source(bits.space, X > 0, None, 90, KEY, noise=0.4).take(1, 0)[0].noise is None
 
 
+@pytest.mark.slow
 def test_they_are_in_the_bar_and_in_the_figures(capsys, trained):
     fit(num_steps=50, progress_bar=True)
     assert "held-out" in capsys.readouterr().err

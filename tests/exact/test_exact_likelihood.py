@@ -336,6 +336,7 @@ def test_the_exact_processs_own_entropy_against_the_bounds():
     assert set(np.flatnonzero(true > bounds.upper + 1e-3)) <= set(outside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_step", ["kernel", "network"])
 def test_reverse_entropy_of_words(last_step):
     """Against the expectation over q(x_t) by enumeration; |z| < 4.5 in six steps."""
