@@ -20,12 +20,12 @@ def jit_once(function: Callable[..., Any], *, static_argnames: tuple[str, ...] =
     return _jit(function, LIGHT, static_argnames)
 
 
-def jit_run(function: Callable[..., Any]) -> Callable[..., Any]:
+def jit_run(function: Callable[..., Any], *, static_argnames: tuple[str, ...] = ()) -> Callable[..., Any]:
     """:func:`jax.jit`, for a program that takes as long to run as to compile. To be called outside of others."""
-    return _jit(function, FIRST_LEVEL)
+    return _jit(function, FIRST_LEVEL, static_argnames)
 
 
-def _jit(function: Callable[..., Any], light_options: dict[str, Any], static_argnames: tuple[str, ...] = ()) -> Any:
+def _jit(function: Callable[..., Any], light_options: dict[str, Any], static_argnames: tuple[str, ...]) -> Any:
     @cache
     def jitted(light: bool) -> Any:
         options = light_options if light else None

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from pp_diffusion.chain import sample_chain
-from pp_diffusion.compiling import jit_once
+from pp_diffusion.compiling import jit_once, jit_run
 from pp_diffusion.posterior import latents as other_latents
 from pp_diffusion.posterior.factors import Factors
 from pp_diffusion.posterior.particles import ess, log_mean
@@ -25,6 +25,8 @@ from pp_diffusion.reverse import ReverseProcess
 
 #: Plain draws of each system for each of its particles.
 PLAIN_SHARE = 0.125
+#: Draws, of all systems together, from which on running them costs more than compiling.
+MANY = 500
 #: Draws, of all systems together, by which predictions are judged.
 NUM_JUDGED = 256
 
@@ -57,7 +59,15 @@ def by_plain_draws(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
     return Survey(log_mean(log_r)[0], ess(log_r)[0])
 
 
-survey = jit_once(by_plain_draws, static_argnames=("num_draws",))
+_few = jit_once(by_plain_draws, static_argnames=("num_draws",))
+_many = jit_run(by_plain_draws, static_argnames=("num_draws",))
+
+
+def survey(rng_key: Array, factors: Factors, num_draws: int) -> Survey:
+    """By so many draws for each system, compiled: with more care the more there are."""
+    compiled = _many if num_draws * factors.num_systems > MANY else _few
+    found: Survey = compiled(rng_key, factors, num_draws=num_draws)
+    return found
 
 
 class Judge:
