@@ -2,10 +2,10 @@
 the quick tests do without its optimisations, which save nothing there. What one process has compiled the others take
 from a folder that goes with the run.
 
-A run of other tests than the quick ones, `pytest -m slow`, has the optimisations of LLVM's first level; one that asks
-for `as_users` too, or has XLA_FLAGS set, to nothing for instance, compiles as a user's program does.
+A run of other tests than the quick ones, `pytest -m slow`, has the optimisations of LLVM's first level;
+`pytest -m as_users`, or a run with XLA_FLAGS set, to nothing for instance, compiles as a user's program does.
 
-`--part 1/3` runs a third of what is asked for, the same tests each time.
+`--part 1/4` runs a quarter of what is asked for, the same tests each time.
 """
 
 import os
@@ -41,11 +41,11 @@ LONG_DOCTESTS = {  # they train, or sample a model
 
 
 def pytest_addoption(parser):
-    parser.addoption("--part", default="1/1", help="a part of the tests, as 2/3 for the second of three")
+    parser.addoption("--part", default="1/1", help="a part of the tests, as 2/4 for the second of four")
 
 
 def pytest_configure(config):
-    if "XLA_FLAGS" in os.environ or "as_users" in config.option.markexpr:
+    if "XLA_FLAGS" in os.environ or config.option.markexpr == "as_users":
         return
     if config.option.markexpr != QUICK:
         os.environ["XLA_FLAGS"] = FIRST_LEVEL
