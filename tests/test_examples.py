@@ -53,23 +53,6 @@ ROWS = {
     "regression": ["least squares", "90 % intervals hold"],
     "digits_given_label": ["draws, guided by 2", "by Bayes' rule"],
 }
-# they train, and compile much
-LONG = (
-    "likelihood",
-    "digits",
-    "posterior_heartbeat",
-    "swiss_roll",
-    "heartbeat",
-    "schedules",
-    "posterior_swiss_roll",
-    "posterior_digits",
-    "spatial_prior",
-    "missing_values",
-    "simulation",
-    "regression",
-    "digits_given_label",
-    "composition_bias",
-)
 
 
 def run(module, folder, *options):
@@ -96,7 +79,7 @@ def test_an_example_runs_as_a_command(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FIGURES]
+    "name", [n if n == "quasi_static" else pytest.param(n, marks=pytest.mark.slow) for n in FIGURES]
 )
 @pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")  # small forms train little, by few particles
 def test_example(name, tmp_path, monkeypatch, capfd):

@@ -219,8 +219,8 @@ def test_rows_masked_of_exact_observations(kind, num_known):
 # --- other latents ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("twist", ["moment", pytest.param("lookahead", marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("twist", ["moment", "lookahead"])
 def test_moves_where_r_is_zero_at_predictions(twist):
     """x + b > 1.5, or r is zero; what stands in for it must not depend on where a latent was before. With
     ``exp(x + b)`` beyond, log Z and the mean of x + b are a truncated normal's."""
