@@ -1,9 +1,9 @@
 """Compilation is most of what the tests cost. XLA's older emitters of loops for CPUs compile faster than today's, and
-the quick tests do without its optimisations, which save nothing there. What one process has compiled the others take
-from a folder that goes with the run.
+most tests do without its optimisations, which save nothing there. What one process has compiled the others take from a
+folder that goes with the run.
 
-A run of other tests than the quick ones, `pytest -m slow`, has the optimisations of LLVM's first level;
-`pytest -m as_users`, or a run with XLA_FLAGS set, to nothing for instance, compiles as a user's program does.
+Tests marked `optimized` run longer than they compile, and have them. With `pytest -m as_users`, or XLA_FLAGS set, to
+nothing for instance, all compile as a user's program does.
 
 `--part 1/4` runs a quarter of what is asked for, the same tests each time.
 """
@@ -17,10 +17,8 @@ from zlib import crc32
 
 import pytest
 
-QUICK = "not slow"  # pyproject's
-OLDER = "--xla_cpu_use_fusion_emitters=false"
-LIGHT = f"{OLDER} --xla_cpu_parallel_codegen_split_count=1"
-FIRST_LEVEL = f"{OLDER} --xla_backend_optimization_level=1"
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+LIGHT = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # read by JAX, also in programs that tests start
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 COMPILES_MUCH = 0.5  # seconds of a test, after which memory maps are counted
 MAPS = Path("/proc/self/maps")
@@ -47,14 +45,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if "XLA_FLAGS" in os.environ or config.option.markexpr == "as_users":
         return
-    if config.option.markexpr != QUICK:
-        os.environ["XLA_FLAGS"] = FIRST_LEVEL
-    else:
-        os.environ |= {"XLA_FLAGS": LIGHT, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # also for programs that tests start
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            folder = tempfile.TemporaryDirectory(prefix="compiled-")
-            config.add_cleanup(folder.cleanup)
-            os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, **CACHE_ALL}
+    os.environ |= {"XLA_FLAGS": FLAGS, LIGHT: "1"}
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="compiled-")
+        config.add_cleanup(folder.cleanup)
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder.name, **CACHE_ALL}
 
 
 def pytest_report_header():
@@ -71,6 +66,22 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("as_users")
         if isinstance(item, pytest.DoctestItem) and item.name.rpartition(".")[0] in LONG_DOCTESTS:
             item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Fixtures of a module are made for the first test that asks for them, with what it is compiled with."""
+    if LIGHT not in os.environ or not item.get_closest_marker("optimized"):
+        return (yield)
+    import jax  # not before the flags are set
+
+    light = os.environ.pop(LIGHT)
+    jax.config.update(LIGHT.lower(), False)
+    try:
+        return (yield)
+    finally:
+        jax.config.update(LIGHT.lower(), True)
+        os.environ[LIGHT] = light
 
 
 @pytest.fixture(autouse=True)

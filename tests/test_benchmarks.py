@@ -2,7 +2,7 @@
 
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -220,9 +220,9 @@ MODULES = [
     flow,
     flow_accuracy,
     flow_draws,
-    flow_posteriors,
+    pytest.param(flow_posteriors, marks=pytest.mark.optimized),
     digits,
-    posterior,
+    pytest.param(posterior, marks=pytest.mark.optimized),
     unet_step,
 ]
 
@@ -472,6 +472,7 @@ def test_a_row_of_posteriors_by_simulation(name, sbi_folder, monkeypatch, capsys
     folder = str(sbi_folder[0])
     options = ["--simulations", "200", "--observations", "1", "--num-steps", "2", "--particles", "200", "--no-progress"]
     monkeypatch.setattr(sys, "argv", ["simulation", "--data", folder, "--task", name, *options])
+    monkeypatch.setattr(simulation, "coverage", partial(simulation.coverage, num_pairs=20, num_draws=40))
     simulation.main()
     assert re.search(r"amortised \.?\d.*exact .* over 1 .*coverage", capsys.readouterr().out)
 

@@ -382,6 +382,6 @@ def test_the_example_trains_on_a_users_folder(name, tmp_path, monkeypatch, capfd
         out = capfd.readouterr().out
         assert re.search(r"^K( - L_null)?: at (most|least) \S+ ± \S+ (bits/dim|nats|bits/pixel)$", out, re.MULTILINE)
         updates.append(int(re.search(r"(\d+) updates", out)[1]))
-    assert updates[0] > 70 and updates[-1] >= 71 * len(updates) + 2
+    assert updates == sorted(set(updates)) and updates[0] > 70  # how many fit in its seconds is the machine's
     assert (tmp_path / "figures" / f"{name}_samples.png").stat().st_size > 5_000
     assert ppd.load(tmp_path / "x.ppd").num_timesteps in (500, 1000)

@@ -15,6 +15,7 @@ NUM_TRIALS, NUM_DRAWS, NUM_BINS = 240, 9, 10
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")  # two of 240 may, and count as the others do
+@pytest.mark.optimized
 def test_ranks_of_digits_seen_through_random_matrices():
     """A prior trained on 8×8 digits; x from it, y = A x + noise with a new A of 3 rows for each; all in one plate.
 

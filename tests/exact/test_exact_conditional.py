@@ -24,6 +24,9 @@ def pairs(rng_key, num):
     return context, law(context).sample(second)
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+
+
 @pytest.fixture(scope="module")
 def fit():
     context, x = pairs(KEY, 50_000)
@@ -39,7 +42,6 @@ def fit():
     )
 
 
-@pytest.mark.slow
 def test_k_is_within_a_hundredth_of_the_truth(fit):
     """By paired differences over new rows, whose error is a tenth of that."""
     context, x = pairs(jax.random.key(2), 4000)
@@ -49,18 +51,16 @@ def test_k_is_within_a_hundredth_of_the_truth(fit):
     assert error < 0.005 and -3 * error < gap.mean() < 0.01
 
 
-@pytest.mark.slow
 def test_intervals_hold_nine_in_ten(fit):
-    """By ranks among 99 draws, of which 5…94 are nine in ten: 8000 intervals, an error of .34 %."""
+    """By ranks among 39 draws, of which 2…37 are nine in ten: 8000 intervals, an error of .34 %."""
     context, x = pairs(jax.random.key(4), 4000)
-    draws = fit.prior(context).sample(jax.random.key(5), (99,))
+    draws = fit.prior(context).sample(jax.random.key(5), (39,))
     rank = (draws < x).sum(0)
-    covered = ((rank >= 5) & (rank < 95)).mean()
+    covered = ((rank >= 2) & (rank < 38)).mean()
     print(f"coverage {100 * covered:.2f} %")
     assert abs(covered - 0.9) < 0.01
 
 
-@pytest.mark.slow
 def test_the_null_value_gives_the_unconditional_law(fit):
     """Moments of the mixture over all covariates."""
     draws, (_, x) = fit.prior(None).sample(jax.random.key(6), (20_000,)), pairs(jax.random.key(7), 200_000)
@@ -68,7 +68,6 @@ def test_the_null_value_gives_the_unconditional_law(fit):
     np.testing.assert_allclose(draws.std(0) / x.std(0), 1, atol=0.03)
 
 
-@pytest.mark.slow
 def test_guidance_goes_where_its_docstring_says(fit):
     """Beyond the conditional mean, and narrower: at w = 2 in every coordinate."""
     context = jnp.array([1.0, 1.0])
