@@ -44,7 +44,8 @@ def nuts(
     """Draws of four chains, the largest R-hat, and seconds with compiling."""
     started = time.perf_counter()
     warmup, samples = (3, 4) if small else (500, num_samples)
-    mcmc = MCMC(NUTS(model, max_tree_depth=2 if small else 10), num_warmup=warmup, num_samples=samples, num_chains=4, chain_method="vectorized",
+    kernel = NUTS(model, max_tree_depth=2 if small else 10)
+    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=samples, num_chains=4, chain_method="vectorized",
                 progress_bar=False)  # fmt: skip
     mcmc.run(rng_key, *args)
     draws = {name: np.asarray(a, np.float64) for name, a in mcmc.get_samples(group_by_chain=True).items()}
