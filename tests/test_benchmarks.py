@@ -220,7 +220,7 @@ MODULES = [
     flow,
     flow_accuracy,
     flow_draws,
-    pytest.param(flow_posteriors, marks=pytest.mark.optimized),
+    flow_posteriors,
     digits,
     pytest.param(posterior, marks=pytest.mark.optimized),
     unet_step,
