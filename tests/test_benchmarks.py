@@ -220,7 +220,7 @@ MODULES = [
     flow,
     flow_accuracy,
     flow_draws,
-    flow_posteriors,
+    pytest.param(flow_posteriors, marks=pytest.mark.optimized),
     digits,
     pytest.param(posterior, marks=pytest.mark.optimized),
     unet_step,
