@@ -169,10 +169,11 @@ def test_main_job_reaches_its_figures(tmp_path):
 def test_heartbeat_reaches_its_figures(tmp_path):
     from examples import heartbeat
 
-    found = heartbeat.run(["network"], num_test=2_000, figures=tmp_path, progress=False)["network"]
-    assert found["bound_error"] < 0.0025  # so that the slack is little more than the distance to the limit
-    slack = 2 * found["bound_error"]
-    assert -2.328 - slack <= found["bound"] <= heartbeat.ROWS["network"].limit + slack
+    results = heartbeat.run(["small", "network"], num_test=4_000, figures=tmp_path, progress=False)
+    for key, target in (("small", -2.372), ("network", -2.328)):
+        assert results[key]["bound_error"] < 0.0015  # so that the slack is no more than the distance to the limit
+        slack = 2 * results[key]["bound_error"]
+        assert target - slack <= results[key]["bound"] <= heartbeat.ROWS[key].limit + slack
 
 
 def test_draws_are_worth_what_their_chains_spread_tells():
@@ -219,7 +220,7 @@ def test_swiss_roll_posterior_reaches_its_figures(tmp_path):
     """
     from examples import posterior_swiss_roll as example
 
-    results = example.run(num_nuts=10, figures=tmp_path, progress=False)  # which do not mix, however many
+    results = example.run(figures=tmp_path, progress=False)
     exact = results.pop("exact")
     for name, found in results.items():
         if name.startswith("SMC") or found.rhat < 1.01:
@@ -257,12 +258,12 @@ def covered(draws, true, share=0.9):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")  # a data set may, and counts as the others do
+@pytest.mark.xfail(raises=ppd.CollapseWarning, reason="one of 24 data sets collapses by 256 particles")
 def test_spatial_prior_covers_nine_in_ten(tmp_path):
     """Within 4 errors, which hold the spread over data sets: a right program fails once in 10 000 keys."""
     from examples import spatial_prior
 
-    results = spatial_prior.run(num_data_sets=16, figures=tmp_path, progress=False)
+    results = spatial_prior.run(figures=tmp_path, progress=False)
     for name in ("SMC, learned prior", "NUTS, Gaussian process"):
         mean, error = covered(results[name].draws, results["true"])
         assert error < 3 and abs(mean - 90) < 4 * error, name
@@ -270,12 +271,12 @@ def test_spatial_prior_covers_nine_in_ten(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.filterwarnings("ignore::pp_diffusion.CollapseWarning")  # one chain of 64 is worth little; eight are judged
+@pytest.mark.xfail(raises=ppd.CollapseWarning, reason="39 of 40 rows collapse by 64 particles")
 def test_missing_values_are_covered(tmp_path):
     """The intervals of SMC hold what they say, but for the prior's own width: between 85 and 97 of 90 %, error 1.5."""
     from examples import missing_values
 
-    results = missing_values.run(num_draws=20, figures=tmp_path, progress=False)
+    results = missing_values.run(figures=tmp_path, progress=False)
     data = missing_values.table()
     rows = results["SMC"].draws.shape[1]
     true = np.take_along_axis(data.test[:rows], missing_values.split(rows)[1], 1)

@@ -131,7 +131,7 @@ def test_many_temperatures():
     """Twenty coordinates whose likelihood is a thousandth of the prior's width, against the closed form: no single step
     of the temperature comes there, and one that stalls, or jumps to 1, is off by hundreds of nats.
 
-    Chains of 300 particles differ by .7 nats over thirty temperatures, which is called doubtful, and is in the error.
+    Chains of 300 particles differ by .7 nats over thirty temperatures, and are called doubtful: hence 1500.
     """
     y, sd = 0.5 * jnp.arange(20.0) / 20 - 0.3, 0.01
 
@@ -139,10 +139,10 @@ def test_many_temperatures():
         x = numpyro.sample("x", dist.Normal(jnp.zeros(20), 1.0).to_event(1))
         numpyro.sample("y", dist.Normal(x, sd).to_event(1), obs=y)
 
-    smc = ppd.TemperedSMC(model, num_particles=300, num_chains=8)
+    smc = ppd.TemperedSMC(model, num_particles=1500, num_chains=8)
     smc.run(jax.random.key(0))
     exact = dist.Normal(0.0, np.sqrt(1 + sd**2)).log_prob(y).sum()
-    assert smc.verdict != "collapsed" and 20 < smc.state.num_temperatures.min() < 80
+    assert smc.reliable and 20 < smc.state.num_temperatures.min() < 80
     assert abs(smc.log_evidence - exact) < 3 * smc.log_evidence_error < 1.5
     x = smc.get_samples()["x"]
     assert np.abs((x.mean(0) - y) / sd).max() < 0.2 and np.abs(x.std(0) / sd - 1).max() < 0.2

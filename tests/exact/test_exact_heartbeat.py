@@ -45,6 +45,8 @@ def test_the_best_bound_of_100_steps(last_step, expected):
         (200, "kernel", -2.6797),
         (500, "kernel", -2.4820),
         (1000, "kernel", -2.4073),
+        (1000, "network", -2.3258),
+        (2000, "kernel", -2.3681),
         (2000, "network", -2.3241),
     ],
 )
